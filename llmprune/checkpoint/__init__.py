@@ -1,0 +1,13 @@
+"""Checkpoints: files, and the Hub.
+
+    check_output ─► [work] ─► publish: write ─► report ─► verify ─► rename into place ─► push
+
+target.py       the place of the output: checked before the work, filled beside it, renamed into it in one step
+save.py         a model, its tokenizer and what belongs to them, as files that transformers loads
+carry.py        what save_pretrained leaves behind in the source: licences, code, tensors that the class does not load
+layout.py       names, axes and bytes of the tensors on disk, whatever the modules store
+report.py       what was done to every tensor, and what each holds, as one JSON file beside the weights
+probe.py        one question to the model before it is saved, which the reloaded one must answer alike
+verify.py       the files against that report, at any time and without the source
+hub.py          may I push, and the push
+"""

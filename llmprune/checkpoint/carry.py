@@ -1,0 +1,150 @@
+"""What `save_pretrained` leaves behind in the source directory, and a pruned checkpoint still needs.
+
+Files: licences (the obligation follows the derivative), custom code, processors of multimodal wrappers. Tensors: some
+checkpoints hold more than the model class loads, such as the multi-token-prediction layers of DeepSeek-V3. Other
+engines use them, so they come along, unpruned, in a shard of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from llmprune.checkpoint.report import TensorRecord, record
+
+__all__ = ["INDEX", "WEIGHTS", "Carried", "carry_over"]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_EXTRA = "model-extra.safetensors"
+
+_FILES = (
+    "*.py",  # custom code; save_pretrained copies only what the loaded class is defined in
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer.model",  # SentencePiece; transformers converts it on loading and saves only the result
+)
+
+# Constants that older releases of transformers stored and newer ones compute: causal masks and rotary frequencies.
+_COMPUTED = re.compile(r"(\.attn|\.attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|\.position_ids$")
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What came along from the source."""
+
+    files: tuple[str, ...] = ()
+    """Names of the copied files."""
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    """The tensors of the extra shard, which nothing in the model loads, as the report describes them."""
+    notes: tuple[str, ...] = ()
+    """What could not be carried over, and why."""
+
+
+def carry_over(model: PreTrainedModel, directory: Path, *, source: Path | None) -> Carried:
+    """Copy from `source` what the checkpoint just saved into `directory` lacks. Existing files are never replaced."""
+    if source is None or not source.is_dir():
+        return Carried()
+    files = tuple(_copy_files(source, directory))
+    quantized = _read_json(source / "config.json").get("quantization_config") is not None
+    shards = _shards(source)
+    if quantized or (not shards and any(source.glob("*.bin"))):
+        kind = "is quantized" if quantized else "holds no safetensors"
+        return Carried(
+            files, notes=(f"the source {kind}, so tensors that the model does not load, if any, stayed there",)
+        )
+    extras = {name: shards[name] for name in _not_loaded(model, list(shards))}
+    tensors = {name: tensor for name, tensor in _read(extras) if not _is_computed(name, tensor)}
+    if tensors:
+        _add_shard(directory, tensors)
+    return Carried(files, {name: record(tensor, carried=True) for name, tensor in tensors.items()})
+
+
+def _copy_files(source: Path, directory: Path) -> Iterator[str]:
+    for pattern in _FILES:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and not (directory / path.name).exists():
+                shutil.copyfile(path, directory / path.name)  # follows the links of a snapshot in the Hub's cache
+                yield path.name
+
+
+def _shards(directory: Path) -> dict[str, Path]:
+    """The file of every tensor that `from_pretrained` would read there. A single file goes before an index."""
+    if (directory / WEIGHTS).is_file():
+        with safe_open(directory / WEIGHTS, "pt") as file:
+            return dict.fromkeys(file.keys(), directory / WEIGHTS)
+    index = _read_json(directory / INDEX).get("weight_map", {})
+    return {name: directory / shard for name, shard in index.items() if (directory / shard).is_file()}
+
+
+def _not_loaded(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Names in the source that lead to no tensor of the model, by the renaming that `from_pretrained` does."""
+    known = dict.fromkeys([*model.state_dict(), *(name for name, _ in model.named_buffers())], True)
+    transforms = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    left: list[str] = []
+    for name in sorted(names, key=dot_natural_key):  # some renamings count on this order
+        loaded, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if name not in known and loaded not in known:
+            left.append(name)
+    return left
+
+
+def _read(places: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    for shard in sorted(set(places.values())):
+        with safe_open(shard, "pt") as file:
+            for name in (name for name, place in places.items() if place == shard):
+                yield name, file.get_tensor(name)
+
+
+def _is_computed(name: str, tensor: Tensor) -> bool:
+    # A learned bias has one axis; `attn.bias` with four is GPT-2's causal mask.
+    return _COMPUTED.search(name) is not None and (tensor.ndim != 1 or not name.endswith(".bias"))
+
+
+def _add_shard(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the extra shard and name it in the index.
+
+    A single `model.safetensors` hides any index from transformers, so it becomes the first shard of one.
+    """
+    index = _read_json(directory / INDEX)
+    if not index:
+        first = directory / "model-00001-of-00001.safetensors"
+        (directory / WEIGHTS).rename(first)
+        with safe_open(first, "pt") as file:
+            names = list(file.keys())
+        index = {"metadata": {"total_size": _data_bytes(first)}, "weight_map": dict.fromkeys(names, first.name)}
+    save_file(tensors, directory / _EXTRA, metadata={"format": "pt"})
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index["metadata"]["total_size"] = index["metadata"].get("total_size", 0) + size
+    index["weight_map"] |= dict.fromkeys(tensors, _EXTRA)
+    (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _data_bytes(shard: Path) -> int:
+    """Bytes of the tensors alone: a safetensors file begins with its header's length, 8 bytes, and the header."""
+    with shard.open("rb") as file:
+        return shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content

@@ -1,0 +1,270 @@
+"""The command line: options, and errors as one sentence. What the screen shows while it works is in display.py.
+
+Nothing heavy is imported until a command really runs, so that `--help` and a misspelt option answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmprune import __version__
+from llmprune.errors import LlmpruneError, UserError
+
+__all__ = ["main"]
+
+EXAMPLES = """\b
+Examples:
+  llmprune --model gpt2 --sparsity 2:4
+  llmprune --model ./my-model --sparsity 0.5 --method wanda
+  llmprune --model ./m.gguf --sparsity 4:8
+  llmprune eval --model ./gpt2-sparsegpt-2of4 --dataset wikitext2
+  llmprune verify ./gpt2-sparsegpt-2of4
+"""
+
+VERBS = {
+    "eval": "Perplexity of a model, with its standard error and protocol.",
+    "verify": "Prove that a pruned checkpoint is what its report says.",
+}
+
+
+class Root(click.Group):
+    """The group of verbs, which loads a verb only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the verbs."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb of that name; `eval` brings torch and transformers with it."""
+        if cmd_name == "eval":
+            from llmprune.eval.perplexity import command
+
+            return command
+        return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of verbs in the help text, without loading them."""
+        with formatter.section("Further commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+def _grouped(title: str) -> Callable[..., Any]:
+    """Options that stand together in the help text."""
+
+    def option(*names: str, **settings: Any) -> Any:
+        return click.option(*names, cls=_TitledOption, title=title, **settings)
+
+    return option
+
+
+class _TitledOption(click.Option):
+    def __init__(self, *args: Any, title: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.title = title
+
+
+class _TitledGroup(Root):
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options under the headings that they were given."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (row := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(getattr(parameter, "title", "Other"), []).append(row)
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+        self.format_commands(ctx, formatter)
+
+
+def _parse(path: Path) -> Any:
+    """JSON, or YAML with every value left as text: YAML 1.1 would read 2:4 as a number in base 60, 124."""
+    import yaml
+
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise click.BadParameter(f"{path} is neither JSON nor YAML: {str(error).splitlines()[0]}") from None
+
+
+def _read_config(ctx: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    """Settings from a file become the defaults of this command; what is typed goes before them."""
+    if path is None:
+        return None
+    settings = _parse(path)
+    if isinstance(settings, dict) and "llmprune_config" in settings:
+        settings = settings["llmprune_config"]  # the config.json of a pruned model: do the same again
+    if not isinstance(settings, dict):
+        raise click.BadParameter(f"{path} holds no settings; it should read like  sparsity: 2:4")
+    settings.pop("llmprune_version", None)
+    settings = {name.replace("-", "_"): value for name, value in settings.items()}
+    known = {parameter.name for parameter in ctx.command.params} - {"config_file"}
+    if unknown := sorted(settings.keys() - known):
+        raise click.BadParameter(
+            f"{path} sets {', '.join(unknown)}, which is no option. Options: {', '.join(sorted(filter(None, known)))}."
+        )
+    ctx.default_map = {
+        **(ctx.default_map or {}),
+        **{k: v for k, v in settings.items() if v not in (None, "", "null", "~")},
+    }
+    return path
+
+
+model_option, pattern_option = _grouped("What to prune"), _grouped("How")
+text_option, eval_option = _grouped("Calibration text"), _grouped("Evaluation")
+output_option, other_option = _grouped("Result"), _grouped("Other")
+
+
+@click.group(
+    cls=_TitledGroup,
+    invoke_without_command=True,
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
+)
+@model_option("--model", help="Hub id, directory, .gguf file, or 'demo' (a small model from PyPI).")
+@model_option("--revision", help="Branch, tag or commit of the model on the Hub.")
+@model_option("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16.")
+@model_option("--device", help="Where layers are computed: cpu, cuda, cuda:1.  [default: the GPU if there is one]")
+@model_option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@pattern_option("--sparsity", default="2:4", help="N:M (N kept of every M), a fraction (0.5) or a percentage (50%).")
+@pattern_option("--method", default="sparsegpt", help="magnitude, wanda or sparsegpt.")
+@pattern_option("--block-size", type=int, default=128, help="SparseGPT: columns per mask decision.")
+@pattern_option("--dampening-frac", type=float, default=0.01, help="SparseGPT: added to the Hessian's diagonal.")
+@pattern_option(
+    "--ignore",
+    multiple=True,
+    help="Weight to leave dense: name, last part of it (down_proj), or re:PATTERN.  [may be repeated]",
+)
+@pattern_option(
+    "--on-indivisible", default="error", help="error or skip: weights whose inputs do not divide into groups of M."
+)
+@text_option("--dataset", default="c4", help="c4, wikitext2, demo, hub id, or a .txt, .jsonl or .parquet file.")
+@text_option("--text-column", help="Column with the text.  [default: text, else messages]")
+@text_option("--num-samples", type=int, default=128, help="Windows of text.")
+@text_option("--seq-len", type=int, help="Tokens per window.  [default: 2048, or what the model takes]")
+@text_option("--bos", default="auto", help="auto, always or never: BOS token at the start of every window.")
+@text_option("--seed", type=int, default=0, help="Chooses the windows.")
+@text_option("--batch-size", type=int, default=1, help="Windows per forward.")
+@eval_option(
+    "--eval-dataset", multiple=True, default=("wikitext2",), help="Perplexity before and after.  [may be repeated]"
+)
+@eval_option("--eval-tokens", type=int, help="Tokens of each at most.  [default: all; 16384 on a CPU]")
+@eval_option("--eval-seq-len", type=int, help="Tokens per window.  [default: as --seq-len]")
+@eval_option("--no-eval", is_flag=True, help="Prune and save without measuring perplexity.")
+@output_option("--output-dir", type=click.Path(path_type=Path), help="[default: ./MODEL-METHOD-2of4]")
+@output_option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
+@output_option("--max-shard-size", default="5GB", help="Size of a weight file at most.")
+@output_option(
+    "--push-to-hub",
+    is_flag=False,
+    flag_value="",
+    metavar="[ID]",
+    help="Push the result to the Hub, as ID or under the output's name.",
+)
+@output_option("--hub-private-repo", is_flag=True, help="Make the Hub repository private.")
+@other_option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    callback=_read_config,
+    is_eager=True,
+    expose_value=False,
+    help="Options from a YAML or JSON file, or from the config.json of a pruned model.",
+)
+@other_option("--quiet", is_flag=True, help="Print nothing but errors.")
+@other_option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
+@click.version_option(__version__, prog_name="llmprune")
+@click.pass_context
+def root(ctx: click.Context, /, **options: Any) -> None:
+    """Prune a language model in one shot: set half of its weights to zero, repair the rest, prove and measure it.
+
+    Calibrates on a little text, prunes every linear of every decoder layer, saves a checkpoint that plain transformers
+    loads, verifies it, and prints perplexity before and after.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    if options["model"] is None:
+        if len(sys.argv) < 2:
+            click.echo(ctx.get_help())
+            return
+        raise UserError("--model is missing: a hub id (gpt2), a directory, a .gguf file, or demo.")
+    _prune(options)
+
+
+@root.command("verify", help=VERBS["verify"])
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--no-reload", is_flag=True, help="Check the files only; do not load the model with transformers.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+def _verify(directory: Path, no_reload: bool, trust_remote_code: bool, as_json: bool) -> None:
+    from llmprune.checkpoint.verify import verify
+    from llmprune.display import show_verification
+
+    result = verify(directory, reload=not no_reload, trust_remote_code=trust_remote_code)
+    if as_json:
+        rows = [{"what": c.what, "count": c.count, "ok": c.ok, "detail": c.detail} for c in result.checks]
+        click.echo(json.dumps({"directory": str(directory), "ok": result.ok, "checks": rows}, indent=2))
+    else:
+        show_verification(result)
+    if not result.ok:
+        sys.exit(1)
+
+
+def _prune(options: dict[str, Any]) -> None:
+    from llmprune.display import observer_for, show_result
+
+    quiet, as_json, no_eval = (options.pop(name) for name in ("quiet", "as_json", "no_eval"))
+    with observer_for(quiet=quiet) as observer:
+        result = _run(options, no_eval=no_eval, observer=observer)
+    if as_json:
+        click.echo(json.dumps(result.report.to_json(), indent=2, default=str))
+    elif not quiet:
+        show_result(result)
+
+
+def _run(options: dict[str, Any], *, no_eval: bool, observer: Any) -> Any:
+    from llmprune.config import EvaluationConfig, PruneConfig
+    from llmprune.job import Job, run
+
+    def take(kind: Any) -> dict[str, Any]:
+        return {name: options.pop(name) for name in kind.__dataclass_fields__ if name in options}
+
+    config, evaluation = take(PruneConfig), take(EvaluationConfig)
+    if no_eval:
+        evaluation["eval_dataset"] = ()
+    job = Job(
+        config=PruneConfig(**config),
+        evaluation=EvaluationConfig(**evaluation),
+        default_output=options["output_dir"] is None,
+        **options,
+    )
+    return run(job, observer)
+
+
+def main() -> None:
+    """The console script: every error that is ours, and Ctrl-C, ends in one sentence and not in a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        root.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except LlmpruneError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted. Nothing was written; the model on disk is untouched.", err=True)
+        sys.exit(130)
+    except click.exceptions.Exit as leave:
+        sys.exit(leave.exit_code)

@@ -1,0 +1,191 @@
+"""What a person sees: stages, one line a layer with the error of each linear, and the result as a table.
+
+On a terminal a progress bar with the time left stands below the lines; without one the lines are plain. All of this
+goes to standard error; the result goes to standard output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from llmprune.checkpoint.verify import Verification
+from llmprune.job import Observer, PruneResult
+from llmprune.results import PrunedWeight
+
+__all__ = ["observer_for", "show_result", "show_verification"]
+
+AS_SAVED = (
+    "As saved, zeros are stored like any number: the files are as large and run as fast as the dense model's in "
+    "transformers, vLLM and llama.cpp."
+)
+
+
+@contextmanager
+def observer_for(*, quiet: bool) -> Iterator[Observer]:
+    """An observer that prints to standard error, with a progress bar if that is a terminal."""
+    if quiet:
+        yield Observer()
+        return
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Bars(console, progress)
+
+
+class _Lines(Observer):
+    """One plain line a stage and a layer."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.row: list[PrunedWeight] = []
+        self.layers, self.done, self.began = 0, 0, 0.0
+
+    def stage(self, name: str) -> None:
+        self.console.print(f"[bold]{name}[/bold]")
+
+    def say(self, sentence: str) -> None:
+        self.console.print(f"  {sentence}", style="dim", soft_wrap=True)
+
+    def start(self, layers: int) -> None:
+        self.layers, self.done, self.began = layers, 0, time.perf_counter()
+        self.say("Relative output error of each linear, ‖X(W−Ŵ)ᵀ‖ / ‖XWᵀ‖, on the first batch:")
+
+    def pruned(self, weight: PrunedWeight) -> None:
+        self.row.append(weight)
+
+    def layer_done(self, index: int) -> None:
+        self.done += 1
+        left = (time.perf_counter() - self.began) / self.done * (self.layers - self.done)
+        self._print_layer(index, "" if self._shows_time() else f"  {_duration(left)} left")
+        self.row = []
+
+    def _shows_time(self) -> bool:
+        return False
+
+    def _print_layer(self, index: int, ending: str) -> None:
+        shown = "  ".join(f"{name} {error}" for name, error in _errors(self.row))
+        self.console.print(
+            f"  layer {index + 1:>{len(str(self.layers))}}/{self.layers}  {shown}{ending}", soft_wrap=True
+        )
+        for note in dict.fromkeys(note for weight in self.row for note in weight.notes):
+            count = sum(note in weight.notes for weight in self.row)
+            self.console.print(f"    note: {note}{f' ({count} weights)' if count > 1 else ''}", soft_wrap=True)
+
+
+class _Bars(_Lines):
+    """The same lines, with a bar below them."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        super().__init__(console)
+        self.progress = progress
+        self.bar: TaskID | None = None
+
+    def stage(self, name: str) -> None:
+        self._drop_bar()
+        super().stage(name)
+
+    def start(self, layers: int) -> None:
+        super().start(layers)
+        self.bar = self.progress.add_task("  layers", total=layers)
+
+    def layer_done(self, index: int) -> None:
+        super().layer_done(index)
+        if self.bar is not None:
+            self.progress.advance(self.bar)
+
+    def evaluated(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = self.progress.add_task("  windows", total=total)
+        self.progress.update(self.bar, completed=done, total=total)
+
+    def _drop_bar(self) -> None:
+        if self.bar is not None:
+            self.progress.remove_task(self.bar)
+            self.bar = None
+
+    def _shows_time(self) -> bool:
+        return True
+
+
+def _errors(weights: list[PrunedWeight]) -> Iterator[tuple[str, str]]:
+    """Short name and error of each linear; the experts of a stack together, as their mean."""
+    stacks: dict[str, list[PrunedWeight]] = {}
+    for weight in weights:
+        stacks.setdefault(weight.parameter, []).append(weight)
+    for name, stack in stacks.items():
+        errors = [weight.error for weight in stack if weight.error is not None]
+        mean = f"{sum(errors) / len(errors):.3f}" if errors else "n/a"
+        short = name.removesuffix(".weight").rpartition(".")[2]
+        yield (short if stack[0].expert is None else f"{short}×{len(stack)}"), mean
+
+
+def show_result(result: PruneResult) -> None:
+    """The outcome on standard output: quality, sparsity, size, cost, where it is, and what it is good for."""
+    console, report = Console(highlight=False), result.report
+    if report.before:
+        console.print(_perplexities(report.before, report.after))
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(result):
+        facts.add_row(f"[bold]{name}[/bold]", value)
+    console.print(facts)
+    console.print(AS_SAVED, style="dim")
+    for note in report.notes:
+        console.print(f"note: {note}", style="dim")
+
+
+def _perplexities(before: tuple[dict[str, Any], ...], after: tuple[dict[str, Any], ...]) -> Table:
+    table = Table("perplexity", "dense", "pruned", "tokens", caption_justify="left")
+    table.caption = "\n".join(dict.fromkeys(row["protocol"] for row in after))
+    for dense, pruned in zip(before, after, strict=True):
+        table.add_row(dense["dataset"], _with_error(dense), _with_error(pruned), f"{pruned['tokens']:,}")
+    return table
+
+
+def _with_error(row: dict[str, Any]) -> str:
+    error = row["standard_error"]
+    return f"{row['value']:.4g} ± {error:.2g}" if error is not None else f"{row['value']:.4g}"
+
+
+def _facts(result: PruneResult) -> Iterator[tuple[str, str]]:
+    report, counts = result.report, result.report.totals
+    yield "pruned", f"{counts['pruned_weights']} weights to {report.config['sparsity']} by {report.config['method']}"
+    of_pruned, of_all = counts["pruned_zeros"] / counts["pruned_parameters"], counts["zeros"] / counts["parameters"]
+    yield "sparsity", f"{of_pruned:.2%} of the pruned weights, {of_all:.2%} of all {counts['parameters']:,} parameters"
+    yield "time", ", ".join(f"{name} {_duration(seconds)}" for name, seconds in report.seconds.items())
+    yield (
+        "peak memory",
+        ", ".join(f"{size / 2**20:,.0f} MiB ({where})" for where, size in report.peak_memory_bytes.items()),
+    )
+    if result.directory is not None:
+        size = sum(path.stat().st_size for path in result.directory.glob("*.safetensors"))
+        yield "saved", f"{result.directory} ({size / 2**20:,.0f} MiB of weights, verified)"
+    if result.url is not None:
+        yield "pushed", result.url
+
+
+def show_verification(result: Verification) -> None:
+    """Every check with its outcome, on standard output."""
+    console = Console(highlight=False)
+    for check in result.checks:
+        mark = "[green]ok    [/green]" if check.ok else "[red]FAILED[/red]"
+        console.print(f"{mark}  {check.what} ({check.count:,})", soft_wrap=True)
+        if not check.ok:
+            console.print(f"        {check.detail}", soft_wrap=True)
+    console.print(
+        f"{result.directory} is {'what its report says' if result.ok else 'NOT what its report says'}.", soft_wrap=True
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"

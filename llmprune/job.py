@@ -1,0 +1,422 @@
+"""The whole job, from a model's name to a verified checkpoint: what the command line and `llmprune.prune()` both call.
+
+Order: everything that can fail early fails before the work (names, output, access to the Hub, texts, configurations);
+then dense evaluation, pruning, saving with proof, and last the evaluation of what was saved, so that hours of pruning
+are on disk before anything else can go wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmprune
+from llmprune.checkpoint import hub
+from llmprune.checkpoint.layout import fingerprint, saved_ties
+from llmprune.checkpoint.probe import take_probe
+from llmprune.checkpoint.report import REPORT, Report, command_line, describe_tensors, tool_versions, totals
+from llmprune.checkpoint.save import check_generation_config, write
+from llmprune.checkpoint.target import check_output, publish
+from llmprune.checkpoint.verify import verify
+from llmprune.config import EvaluationConfig, PruneConfig, from_mapping
+from llmprune.data import Corpus, bos_token, calibration_windows, load_corpus
+from llmprune.errors import UserError
+from llmprune.eval.perplexity import Perplexity, default_seq_len, evaluate
+from llmprune.model import Loaded, load, quiet_transformers
+from llmprune.pipeline import Pruned, Watcher, prune_layers, survey_model
+from llmprune.walk.resident import free_bytes
+
+__all__ = ["Job", "Observer", "PruneResult", "prune", "run"]
+
+CPU_EVAL_TOKENS = 16_384
+"""Tokens of each data set that an evaluation on a CPU reads by default: minutes, not hours."""
+
+CHARACTERS_PER_TOKEN = 64
+"""How much text is read for each calibration token, so that the seed has a choice (a token has 3 to 5 characters)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the command line can say, beside the two configs.
+
+    model : hub id, directory, `.gguf` file, `demo`, or a transformers model in memory (which needs `tokenizer`)
+    output_dir : where the checkpoint goes; None: it is not saved
+    push_to_hub : repository id, "" for the default name in one's own namespace, None: no push
+    """
+
+    model: Any
+    config: PruneConfig = field(default_factory=PruneConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    dataset: Any = None
+    tokenizer: Any = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+    output_dir: Path | None = None
+    default_output: bool = False
+    overwrite: bool = False
+    max_shard_size: str = "5GB"
+    push_to_hub: str | None = None
+    hub_private_repo: bool = False
+
+
+class Observer(Watcher):
+    """Told what a job does, so that a person can see it. This one looks away."""
+
+    def stage(self, name: str) -> None:
+        """A new stage begins."""
+
+    def evaluated(self, done: int, total: int) -> None:
+        """So many windows of an evaluation are done."""
+
+    def say(self, sentence: str) -> None:
+        """Something worth knowing."""
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """model : pruned, in memory; report : what was done and measured; directory, url : where it was saved and pushed"""
+
+    model: Any
+    tokenizer: Any
+    report: Report
+    directory: Path | None = None
+    url: str | None = None
+
+
+def prune(
+    model: Any,
+    *,
+    dataset: Any = "c4",
+    tokenizer: Any = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    eval_dataset: Sequence[str] = (),
+    observer: Observer | None = None,
+    **settings: Any,
+) -> PruneResult:
+    """Prune a language model: `prune("gpt2", sparsity="2:4")`.
+
+    Parameters
+    ----------
+    model : hub id, directory, `.gguf` file, or a transformers causal language model, which is pruned in place
+    dataset : calibration text: a name that `llmprune.data` knows, a list of strings, a `datasets.Dataset`, or token
+        ids (num_samples, seq_len)
+    tokenizer : needed where `model` is in memory, unless `dataset` is token ids
+    output_dir : save and verify the result there; without it nothing is written
+    eval_dataset : measure perplexity on these before and after
+    settings : any field of `PruneConfig`, `EvaluationConfig` or `Job` (sparsity, method, num_samples, device, …)
+
+    Raises
+    ------
+    LlmpruneError
+        see `llmprune.errors`; a model in memory may be partly pruned after a NumericError.
+    """
+    config, evaluation, rest = _split(settings)
+    name = dataset if isinstance(dataset, str) else type(dataset).__name__
+    return run(
+        Job(
+            model,
+            config=from_mapping(PruneConfig, {**config, "dataset": name}),
+            evaluation=from_mapping(EvaluationConfig, {**evaluation, "eval_dataset": tuple(eval_dataset)}),
+            dataset=dataset,
+            tokenizer=tokenizer,
+            output_dir=Path(output_dir) if output_dir is not None else None,
+            **rest,
+        ),
+        observer,
+    )
+
+
+def _split(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    evaluation: dict[str, Any] = {}
+    for name in ("eval_tokens", "eval_seq_len"):
+        if name in settings:
+            evaluation[name] = settings.pop(name)
+    own = set(Job.__dataclass_fields__) - {"model", "config", "evaluation", "dataset", "tokenizer", "output_dir"}
+    rest = {name: settings.pop(name) for name in own & set(settings)}
+    return settings, evaluation, rest
+
+
+def run(job: Job, observer: Observer | None = None) -> PruneResult:
+    """Do the job. See the top of this file for the order, and `Job` for what it takes."""
+    return _Run(job, observer or Observer()).go()
+
+
+class _Run:
+    """One job under way: what it knows so far, stage by stage."""
+
+    def __init__(self, job: Job, observer: Observer) -> None:
+        self.job, self.observer = job, observer
+        self.config, self.evaluation = job.config, job.evaluation
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.device = _device(job.device)
+
+    def go(self) -> PruneResult:
+        repo = self._early_checks()
+        with self._stage("load"):
+            loaded = self._load()
+            self._settle(loaded)
+            target = self._target(loaded)
+            self.notes += check_generation_config(loaded.model)
+        with self._stage("read texts"):
+            windows, corpora = self._windows(loaded), self._evaluation_texts(loaded)
+        with self._stage("survey"):
+            survey = survey_model(loaded.model, windows, self.config, device=self.device)
+        before = self._evaluate("evaluate dense", loaded, corpora)
+        with self._stage("prune"):
+            digests = fingerprint(loaded.model)
+            pruned = prune_layers(
+                loaded.model, windows, self.config, device=self.device, watcher=self.observer, survey=survey
+            )
+        report = self._report(loaded, pruned, digests, before)
+        if target is not None:
+            with self._stage("save and verify"), quiet_transformers():
+                report = self._save(loaded, report, target)
+        after = self._evaluate("evaluate pruned", loaded, corpora)
+        report = replace(report, after=after, seconds=dict(self.seconds), peak_memory_bytes=self._peak_memory())
+        if target is not None:
+            _replace_report(report, target)
+        url = self._push(target, repo)
+        return PruneResult(loaded.model, loaded.tokenizer, report, target, url)
+
+    # Before the work --------------------------------------------------------------------------------------------------
+
+    def _early_checks(self) -> str | None:
+        job = self.job
+        if job.output_dir is not None:
+            source = Path(job.model) if isinstance(job.model, str) and Path(job.model).is_dir() else None
+            check_output(job.output_dir, overwrite=job.overwrite, source=source, need_bytes=0)
+        if job.push_to_hub is None:
+            return None
+        if job.output_dir is None and not job.default_output:
+            raise UserError("pushing needs a saved and verified checkpoint: give output_dir too.")
+        return hub.check_access(job.push_to_hub or None, self._default_name(_base_name(job.model)))
+
+    def _load(self) -> Loaded:
+        job = self.job
+        if isinstance(job.model, str | os.PathLike):
+            name = os.fspath(job.model)
+            return load(name, revision=job.revision, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+        name = getattr(job.model.config, "_name_or_path", "") or type(job.model).__name__
+        source = Path(name) if Path(name).is_dir() else None
+        return Loaded(job.model, job.tokenizer, name, Path(name).name, None, source)
+
+    def _settle(self, loaded: Loaded) -> None:
+        """Fill in what depends on the model, so that the report holds the numbers that were used."""
+        limit = default_seq_len(loaded.model.config)
+        given = self.job.dataset.shape[-1] if isinstance(self.job.dataset, torch.Tensor) else None
+        seq_len = self.config.seq_len or given or limit
+        longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and seq_len > longest:
+            raise UserError(f"--seq-len may be at most {longest} for this model; got {seq_len}.")
+        self.config = replace(self.config, seq_len=seq_len)
+        tokens = self.evaluation.eval_tokens
+        if tokens is None and self.device.type == "cpu" and self.evaluation.eval_dataset:
+            tokens = max(CPU_EVAL_TOKENS, seq_len)
+            self.observer.say(
+                f"On a CPU, perplexity is measured on the first {tokens:,} tokens of each data set (--eval-tokens)."
+            )
+        self.evaluation = replace(
+            self.evaluation, eval_tokens=tokens, eval_seq_len=self.evaluation.eval_seq_len or seq_len
+        )
+
+    def _target(self, loaded: Loaded) -> Path | None:
+        path = self.job.output_dir
+        if path is None and self.job.default_output:
+            path = Path(self._default_name(loaded.base_name))
+        if path is None:
+            return None
+        size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+        return check_output(path, overwrite=self.job.overwrite, source=loaded.directory, need_bytes=size)
+
+    def _default_name(self, base: str) -> str:
+        return f"{base}-{self.config.name_suffix}"
+
+    def _windows(self, loaded: Loaded) -> torch.Tensor:
+        config = self.config
+        source = self.job.dataset if self.job.dataset is not None else config.dataset
+        assert config.seq_len is not None
+        bos = self._bos(loaded)
+        if not isinstance(source, torch.Tensor):
+            source = load_corpus(
+                source,
+                purpose="calibration",
+                text_column=config.text_column,
+                tokenizer=loaded.tokenizer,
+                enough_characters=CHARACTERS_PER_TOKEN * config.num_samples * config.seq_len,
+            )
+            self.text = {"name": source.name, **source.provenance}
+        else:
+            self.text = {"name": f"token ids {tuple(source.shape)} given"}
+            config = self.config = replace(config, num_samples=min(config.num_samples, len(source)))
+        return calibration_windows(
+            source,
+            loaded.tokenizer,
+            num_samples=config.num_samples,
+            seq_len=config.seq_len,
+            seed=config.seed,
+            bos=bos,
+        )
+
+    def _bos(self, loaded: Loaded) -> int | None:
+        if isinstance(self.job.dataset, torch.Tensor):
+            return None  # token ids are taken as they are
+        if loaded.tokenizer is None:
+            raise UserError("a model in memory needs its tokenizer, to turn text into tokens: give tokenizer=… too.")
+        return bos_token(self.config.bos, loaded.tokenizer, loaded.model.config.model_type)  # type: ignore[arg-type]
+
+    def _evaluation_texts(self, loaded: Loaded) -> list[Corpus]:
+        tokens = self.evaluation.eval_tokens
+        if self.evaluation.eval_dataset and loaded.tokenizer is None:
+            raise UserError("evaluation needs the model's tokenizer: give tokenizer=… too, or no eval_dataset.")
+        return [
+            load_corpus(
+                name,
+                purpose="evaluation",
+                tokenizer=loaded.tokenizer,
+                enough_characters=None if tokens is None else CHARACTERS_PER_TOKEN * tokens,
+            )
+            for name in self.evaluation.eval_dataset
+        ]
+
+    # The work ---------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, stage: str, loaded: Loaded, corpora: Sequence[Corpus]) -> tuple[dict[str, Any], ...]:
+        if not corpora:
+            return ()
+        with self._stage(stage), _placed(loaded.model, self.device):
+            results: list[Perplexity] = [
+                evaluate(
+                    loaded.model,
+                    loaded.tokenizer,
+                    corpus,
+                    tokens=self.evaluation.eval_tokens,
+                    seq_len=self.evaluation.eval_seq_len,
+                    bos=self.config.bos,  # type: ignore[arg-type]
+                    progress=self.observer.evaluated,
+                )
+                for corpus in corpora
+            ]
+        return tuple(asdict(result) for result in results)
+
+    def _report(
+        self, loaded: Loaded, pruned: Pruned, digests: dict[str, str], before: tuple[dict[str, Any], ...]
+    ) -> Report:
+        tensors = describe_tensors(loaded.model, pruned.weights, before=digests)
+        return Report(
+            versions=tool_versions(self.device),
+            command=command_line(),
+            config={**asdict(self.config), **asdict(self.evaluation), "dtype": self.job.dtype},
+            source={"id": loaded.name, "revision": loaded.revision, "calibration": self.text},
+            pruned=tuple(pruned.weights),
+            skipped=tuple(pruned.skipped),
+            totals=totals(pruned.weights, tensors),
+            tensors=tensors,
+            ties=saved_ties(loaded.model),
+            before=before,
+            seconds=dict(self.seconds),
+            peak_memory_bytes=self._peak_memory(),
+            notes=tuple(self.notes),
+        )
+
+    def _save(self, loaded: Loaded, report: Report, target: Path) -> Report:
+        provenance = {
+            "llmprune_version": llmprune.__version__,
+            "model": loaded.name,
+            "revision": loaded.revision,
+            **report.config,
+        }
+        probe = take_probe(loaded.model)
+        with publish(target, overwrite=self.job.overwrite) as directory:
+            carried = write(
+                loaded.model,
+                loaded.tokenizer,
+                directory,
+                source=loaded.directory,
+                max_shard_size=self.job.max_shard_size,
+                provenance=provenance,
+            )
+            report = replace(
+                report, tensors={**report.tensors, **carried.tensors}, notes=(*report.notes, *carried.notes)
+            )
+            report.write(directory)
+            verify(directory, probe=probe, trust_remote_code=self.job.trust_remote_code).raise_if_failed()
+        return report
+
+    def _push(self, target: Path | None, repo: str | None) -> str | None:
+        if target is None or repo is None:
+            return None
+        with self._stage("push"):
+            return hub.push(target, repo, private=self.job.hub_private_repo)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.observer.stage(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def _peak_memory(self) -> dict[str, int]:
+        peak = {"cpu": _peak_of_process()}
+        if self.device.type == "cuda":
+            peak[str(self.device)] = torch.cuda.max_memory_allocated(self.device)
+        return peak
+
+
+def _peak_of_process() -> int:
+    """The most memory that this process has held so far, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _device(written: str | None) -> torch.device:
+    if written is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=written).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device {written} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _placed(model: Any, device: torch.device) -> Iterator[None]:
+    """The model on `device` for an evaluation, if it fits there with room to spare; then where it was."""
+    home = next(model.parameters()).device
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device == home or size > 0.8 * free_bytes(device):
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+def _base_name(model: Any) -> str:
+    if isinstance(model, str | os.PathLike):
+        return Path(os.fspath(model)).name.removesuffix(".gguf")
+    return Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name
+
+
+def _replace_report(report: Report, directory: Path) -> None:
+    """Write the finished report over the one that was saved with the model, in one step."""
+    scratch = directory / ".report"
+    scratch.mkdir(exist_ok=True)
+    report.write(scratch).replace(directory / REPORT)
+    scratch.rmdir()

@@ -1,0 +1,42 @@
+"""Wanda: weights times the norm of what they are multiplied with (Sun et al., 2023, https://arxiv.org/abs/2306.11695).
+
+A weight matters by |W_ij| · ‖X_j‖₂; compared inside each output row. Kept weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llmprune.methods.solution import Solution
+from llmprune.sparsity.masks import mask_per_row
+from llmprune.sparsity.pattern import Pattern
+from llmprune.sparsity.statistics import FeatureNorm, Statistic
+
+__all__ = ["Wanda"]
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Scores |W| · ‖X‖, compared per output row."""
+
+    statistic: ClassVar[type[Statistic] | None] = FeatureNorm
+    scope: ClassVar[str] = "row"
+
+    def prune(
+        self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, rows: Sequence[int] | None = None
+    ) -> Solution:
+        """Zero the weights that matter least.
+
+        Parameters
+        ----------
+        weight : (out_features, in_features) float32
+        statistic : FeatureNorm of the inputs
+        rows : no part: every row stands alone, so stacked linears need no care
+        """
+        assert isinstance(statistic, FeatureNorm)
+        mask = mask_per_row(weight.abs() * statistic.norms, pattern)
+        return Solution(weight.where(mask, 0), mask)

@@ -1,0 +1,12 @@
+"""Models: loading them from anywhere transformers can, and finding what can be pruned.
+
+load.py        a model by hub id, directory, GGUF file or `demo`, dequantized, on the CPU
+structure.py   decoder layers and their matrices, found by structure
+"""
+
+from __future__ import annotations
+
+from llmprune.model.load import DTYPES, Loaded, load, quiet_transformers
+from llmprune.model.structure import Decoder, find_decoder, max_seq_len
+
+__all__ = ["DTYPES", "Decoder", "Loaded", "find_decoder", "load", "max_seq_len", "quiet_transformers"]

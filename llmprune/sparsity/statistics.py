@@ -1,0 +1,139 @@
+"""What a method needs to know of a linear's inputs, summed over the calibration tokens as they pass.
+
+A statistic is a sum, so it can be taken in any order and merged across batches, experts and processes. Sums are
+float32 and in place; `Hessian` computes only the upper block triangle, since XᵀX is symmetric.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import NumericError
+
+__all__ = ["FeatureNorm", "Hessian", "Statistic", "mixed"]
+
+BLOCK = 512
+"""Columns per block of the Hessian update. On two AVX-512 cores, 512 took 0.62 of the time of one full product at
+1 536 columns; smaller blocks lose in the products what they save in the triangle."""
+
+
+class Statistic(Protocol):
+    """A streaming sum over a linear's inputs."""
+
+    tokens: float
+
+    def __init__(self, in_features: int, device: torch.device) -> None: ...
+
+    def update(self, inputs: Tensor) -> None:
+        """Add the rows of `inputs` (tokens, in_features), any float dtype."""
+
+    def merge(self, other: Statistic) -> None:
+        """Add another statistic of the same linear."""
+
+    def check(self) -> None:
+        """Raise NumericError if NaN or inf came in."""
+
+    def scaled(self, factor: float) -> Statistic:
+        """The same statistic with sums and tokens multiplied by `factor`."""
+
+
+class FeatureNorm:
+    """Root mean square of every input feature: what Wanda multiplies weights by.
+
+    `norms` is (in_features,) float32, ‖X_j‖₂ / √tokens.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.squares = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.tokens: float = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add the rows of `inputs` (tokens, in_features)."""
+        self.squares += inputs.float().square().sum(0)
+        self.tokens += inputs.shape[0]
+
+    def merge(self, other: Statistic) -> None:
+        """Add another one's sums."""
+        assert isinstance(other, FeatureNorm)
+        self.squares += other.squares
+        self.tokens += other.tokens
+
+    def check(self) -> None:
+        """Raise NumericError if NaN or inf came in."""
+        _require_finite(self.squares)
+
+    def scaled(self, factor: float) -> FeatureNorm:
+        """The same norms, counting `factor` times the tokens."""
+        result = FeatureNorm(len(self.squares), self.squares.device)
+        result.squares = self.squares * factor
+        result.tokens = self.tokens * factor
+        return result
+
+    @property
+    def norms(self) -> Tensor:
+        """(in_features,) float32."""
+        return (self.squares / max(self.tokens, 1e-30)).sqrt()
+
+
+class Hessian:
+    """H = XᵀX / tokens, (in_features, in_features) float32: half the second derivative of a linear's squared error."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens: float = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add XᵀX of the rows of `inputs` (tokens, in_features)."""
+        inputs = inputs.float()
+        for start in range(0, inputs.shape[1], BLOCK):
+            rows = slice(start, start + BLOCK)
+            target = self.upper[rows, start:]
+            torch.addmm(target, inputs[:, rows].T, inputs[:, start:], out=target)
+        self.tokens += inputs.shape[0]
+
+    def merge(self, other: Statistic) -> None:
+        """Add another one's sums."""
+        assert isinstance(other, Hessian)
+        self.upper += other.upper
+        self.tokens += other.tokens
+
+    def check(self) -> None:
+        """Raise NumericError if NaN or inf came in: they always reach the diagonal."""
+        _require_finite(self.upper.diagonal())
+
+    def scaled(self, factor: float) -> Hessian:
+        """The same matrix, counting `factor` times the tokens."""
+        result = Hessian(len(self.upper), self.upper.device)
+        result.upper = self.upper * factor
+        result.tokens = self.tokens * factor
+        return result
+
+    @property
+    def matrix(self) -> Tensor:
+        """(in_features, in_features) float32, symmetric: a new tensor at each call."""
+        upper = self.upper.triu() / max(self.tokens, 1e-30)
+        return upper + upper.triu(1).T
+
+
+def mixed(own: Statistic, pool: Statistic, trusted_tokens: float) -> Statistic:
+    """An expert's statistic, filled up with its layer's pooled one where the expert met too few tokens.
+
+    The own tokens count fully; the pool stands in for the ones missing to `trusted_tokens`. With no token of its own
+    the pool stands alone.
+    """
+    missing = max(0.0, trusted_tokens - own.tokens)
+    result = pool.scaled(missing / max(pool.tokens, 1e-30))
+    result.merge(own)
+    return result
+
+
+def _require_finite(sums: Tensor) -> None:
+    broken = (~torch.isfinite(sums)).nonzero().flatten()
+    if len(broken):
+        raise NumericError(
+            f"NaN or inf in the inputs, in {len(broken)} of {len(sums)} features (first: {broken[0]}). "
+            "float16 models overflow easily: try --dtype bfloat16 or float32."
+        )

@@ -1,0 +1,318 @@
+"""The lockstep walk: one forward per decoder layer, exactly true-sequential, without knowing the model's code.
+
+Every batch's forward of the layer is a coroutine. It pauses at the product with a weight that is not pruned yet, after
+its input there was added to the weight's statistic. When every batch has paused there or further on, the weight has
+met all its inputs: it is handed out, replaced, and the batches that wait for it go on. So each linear is calibrated on
+inputs that all pruned linears before it produced, and the layer is run once.
+
+The coroutines are greenlets: one thread, so that device, stream, grad mode and Ctrl-C are what they always are.
+
+Memory: a paused batch holds its activations. Where that is too much, batches beyond `capacity` are dropped at the
+pause, their input already counted, and start again later from the layer's input, through the finished weights to the
+next pause.
+
+Weights that cannot be solved at the pause are solved when all batches are through, and the batches that met them are
+run once more through the finished layer: a weight met several times in one forward, and an expert that met fewer than
+2 · in_features tokens (a cold one), whose statistic is filled up from all experts of its stack.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from llmprune.errors import NumericError, WalkError
+from llmprune.sparsity.statistics import Statistic, mixed
+from llmprune.walk.products import ALL, Product, Products, WeightKey
+from llmprune.walk.survey import Schedule, Station, identity
+
+__all__ = ["Group", "LayerWalk"]
+
+TRUSTED = 2
+"""An expert that met fewer than TRUSTED · in_features tokens is cold."""
+
+
+@dataclass
+class Group:
+    """Weights that share one input, ready to be pruned.
+
+    keys : which weights of the layer
+    weights : per key a view on the layer's parameter, (out_features, in_features)
+    statistic : of all their inputs, or None where the method needs none
+    inputs : (tokens, in_features), the first batch's input, to measure errors on; None if no token came
+    tokens : calibration tokens that met these weights
+    notes : what is unusual about them
+    """
+
+    keys: tuple[WeightKey, ...]
+    weights: list[Tensor]
+    statistic: Statistic | None
+    inputs: Tensor | None
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+
+class _Tally:
+    """What is known so far of the inputs of one station (of one expert, where a product takes all of them)."""
+
+    def __init__(self, in_features: int, device: torch.device, kind: type[Statistic] | None) -> None:
+        self.statistic = kind(in_features, device) if kind else None
+        self.tokens = 0
+        self.first: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        if self.first is None:
+            self.first = inputs
+        self.tokens += len(inputs)
+        if self.statistic is not None:
+            self.statistic.update(inputs)
+
+
+@dataclass
+class _Run:
+    """One forward of one batch: its coroutine, and where it last met a product of each station."""
+
+    batch: int
+    coroutine: greenlet
+    seen: dict[int, tuple[object, ...]]
+    meetings: dict[int, int]
+
+
+class LayerWalk:
+    """Walk one layer: iterate to get the groups in order, replace their weights, then read `outputs`.
+
+    Parameters
+    ----------
+    layer : the decoder layer, resident where it is computed
+    hidden : per batch, the hidden states that enter it (batch, seq_len, hidden_size); used up by the walk
+    call : runs the layer on one batch, (layer, hidden, batch number) → hidden states
+    schedule : of the layer's weights that are to be pruned
+    kind : the statistic to take, or None
+    capacity : how many batches may wait at once, at least 1
+
+    Raises
+    ------
+    NumericError
+        if NaN or inf reaches a weight or the layer's output. Whatever else the layer's code raises passes through,
+        with all coroutines ended.
+    WalkError
+        if a batch departs from the schedule.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        hidden: list[Tensor],
+        call: Callable[[nn.Module, Tensor, int], Tensor],
+        schedule: Schedule,
+        *,
+        kind: type[Statistic] | None,
+        capacity: int,
+    ) -> None:
+        self.layer, self.hidden, self.call, self.schedule = layer, hidden, call, schedule
+        self.kind, self.capacity = kind, capacity
+        self.parameters = dict(layer.named_parameters())
+        self.position = {key: at for at, station in enumerate(schedule.stations) for key in station.weights}
+        watched = {key.parameter for key in self.position}
+        self.products = Products(((name, self.parameters[name]) for name in watched), self._meet)
+        self.outputs: list[Tensor] = []
+        self._may_rerun = any(s.repeated or s.weights[0].expert is not None for s in schedule.stations)
+        self._tallies: dict[WeightKey, _Tally] = {}
+        self._counted: dict[int, dict[int, int]] = {at: {} for at in range(len(schedule.stations))}
+        self._finished: set[int] = set()
+        self._pools: dict[str, Statistic] = {}
+        self._postponed: list[WeightKey] = []
+        self._waiting: dict[int, int] = {}
+        self._live: dict[int, _Run] = {}
+        self._results: dict[int, Tensor] = {}
+        self._current: _Run | None = None
+        self._main = getcurrent()
+
+    def __iter__(self) -> Iterator[Group]:
+        self._main = getcurrent()
+        try:
+            for batch in range(len(self.hidden)):
+                self._advance(batch)
+            while self._waiting:
+                at = min(self._waiting.values())
+                yield from self._solve_now(at)
+                self._finished.add(at)
+                for batch in [batch for batch, where in self._waiting.items() if where == at]:
+                    self._advance(batch)
+            yield from self._solve_postponed()
+            self._rerun()
+        finally:
+            self._end_all()
+        self.outputs = [self._results[batch] for batch in range(len(self.hidden))]
+
+    # Groups -----------------------------------------------------------------------------------------------------------
+
+    def _solve_now(self, at: int) -> Iterator[Group]:
+        station = self.schedule.stations[at]
+        for key in self._experts_of(station) if station.all_experts else station.weights[:1]:
+            tally = self._tallies[key]
+            if key.expert is not None and tally.statistic is not None:
+                self._pool(key).merge(tally.statistic)
+                if tally.tokens < TRUSTED * self._weight(key).shape[1]:
+                    self._postponed.append(key)
+                    continue
+            yield self._group(station.weights if key.expert is None else (key,), tally)
+
+    def _solve_postponed(self) -> Iterator[Group]:
+        """Repeated weights, cold experts and experts that no token met, in the order of the schedule."""
+        for station in self.schedule.stations:
+            for key in self._experts_of(station) if station.all_experts else station.weights:
+                tally = self._tallies.get(key)
+                if station.repeated and tally is not None:
+                    yield self._group((key,), tally, "met several times in one forward: pruned last, on all its inputs")
+                elif key.expert is not None and (tally is None or key in self._postponed):
+                    yield self._cold_group(key, tally)
+
+    def _cold_group(self, key: WeightKey, tally: _Tally | None) -> Group:
+        if self.kind is None:
+            return self._group((key,), tally or self._new_tally(key), "met no token")
+        own = tally or self._new_tally(key)
+        assert own.statistic is not None
+        own.statistic = mixed(own.statistic, self._pool(key), TRUSTED * self._weight(key).shape[1])
+        return self._group((key,), own, f"cold expert ({own.tokens} tokens): its stack's pooled inputs mixed in")
+
+    def _group(self, keys: tuple[WeightKey, ...], tally: _Tally, *notes: str) -> Group:
+        if tally.statistic is not None:
+            try:
+                tally.statistic.check()
+            except NumericError as error:
+                raise NumericError(f"{keys[0]}: {error}") from None
+        weights = [self._weight(key) for key in keys]
+        group = Group(keys, weights, tally.statistic, tally.first, tally.tokens, tuple(notes))
+        tally.statistic = tally.first = None
+        return group
+
+    def _pool(self, key: WeightKey) -> Statistic:
+        """The summed statistic of all experts of a stack, as far as they have been met."""
+        if key.parameter not in self._pools:
+            weight = self._weight(key)
+            assert self.kind is not None
+            self._pools[key.parameter] = self.kind(weight.shape[1], weight.device)
+        return self._pools[key.parameter]
+
+    def _weight(self, key: WeightKey) -> Tensor:
+        parameter = self.parameters[key.parameter].data
+        matrix = parameter if key.expert is None else parameter[key.expert]
+        return matrix if self.schedule.input_axes[key.parameter] == 1 else matrix.T
+
+    def _experts_of(self, station: Station) -> list[WeightKey]:
+        name = station.weights[0].parameter
+        return [WeightKey(name, index) for index in range(len(self.parameters[name]))]
+
+    def _new_tally(self, key: WeightKey) -> _Tally:
+        weight = self._weight(key)
+        return _Tally(weight.shape[1], weight.device, self.kind)
+
+    # Coroutines -------------------------------------------------------------------------------------------------------
+
+    def _advance(self, batch: int) -> None:
+        """Let a batch go on, or start (again), until it pauses or ends."""
+        run = self._live.pop(batch, None) or self._start(batch)
+        self._waiting.pop(batch, None)
+        self._current = run
+        with torch.no_grad(), self.products:
+            paused_at = run.coroutine.switch()
+        self._current = None
+        if run.coroutine.dead:
+            self._results[batch] = _finite(paused_at)
+            if not self._may_rerun:
+                self.hidden[batch] = self._results[batch]  # the input is not needed any more: let go of its memory
+            return
+        self._waiting[batch] = paused_at
+        if len(self._live) < self.capacity:
+            self._live[batch] = run
+        else:
+            self._end(run)
+
+    def _start(self, batch: int) -> _Run:
+        coroutine = greenlet(lambda: self.call(self.layer, self.hidden[batch], batch))
+        coroutine.gr_context = contextvars.copy_context()
+        return _Run(batch, coroutine, {}, {})
+
+    def _meet(self, product: Product) -> None:
+        """Called inside a coroutine, before each product with a watched parameter."""
+        run = self._current
+        assert run is not None
+        at = self.position.get(product.key)
+        if at is None:
+            raise WalkError(f"{product.key} was met, but the schedule does not know it. Nothing was saved.")
+        station, here = self.schedule.stations[at], identity(product.inputs)
+        if station.repeated:
+            self._count_repeated(at, product, run)
+        elif at in run.seen:
+            if run.seen[at] != here:
+                raise WalkError(f"{product.key} met another input than {station.weights[0]}. Nothing was saved.")
+        else:
+            run.seen[at] = here
+            self._arrive(at, product, run)
+
+    def _arrive(self, at: int, product: Product, run: _Run) -> None:
+        """Count the input unless an earlier run of the batch did, and pause unless the weight is finished."""
+        if run.batch not in self._counted[at]:
+            if at in self._finished:
+                raise WalkError(
+                    f"{product.key} is pruned already, but met an input it had not seen. Nothing was saved."
+                )
+            self._count(product, 1, at, run)
+        if at in self._finished:
+            return
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(product.weight.device.type):
+            raise WalkError(
+                f"{product.key} is multiplied with gradients or autocast on, which would leak to other batches."
+            )
+        with self.products:
+            self._main.switch(at)
+
+    def _count_repeated(self, at: int, product: Product, run: _Run) -> None:
+        run.meetings[at] = run.meetings.get(at, 0) + 1
+        if self._counted[at].get(run.batch, 0) < run.meetings[at]:
+            self._count(product, run.meetings[at], at, run)
+
+    def _count(self, product: Product, times: int, at: int, run: _Run) -> None:
+        self._counted[at][run.batch] = times
+        station = self.schedule.stations[at]
+        keys = self._experts_of(station) if station.all_experts else [product.key]
+        for key, inputs in zip(keys, product.inputs if station.all_experts else [product.inputs], strict=True):
+            # An expert that is multiplied with every token has zeros for those that were not sent to it.
+            met = inputs[inputs.any(-1)] if station.all_experts else inputs
+            self._tally(station.weights[0] if key.expert is None else key).add(met)
+
+    def _tally(self, key: WeightKey) -> _Tally:
+        if key not in self._tallies:
+            self._tallies[key] = self._new_tally(key)
+        return self._tallies[key]
+
+    def _rerun(self) -> None:
+        """Run the batches that met a postponed weight once more, now that all weights are finished."""
+        late = {self.position.get(key, self.position.get(WeightKey(key.parameter, ALL), -1)) for key in self._postponed}
+        late |= {at for at, station in enumerate(self.schedule.stations) if station.repeated}
+        for batch in sorted({batch for at in late for batch in self._counted.get(at, {})}):
+            with torch.no_grad():
+                self._results[batch] = _finite(self.call(self.layer, self.hidden[batch], batch))
+
+    def _end_all(self) -> None:
+        for run in [*self._live.values(), *([self._current] if self._current else [])]:
+            self._end(run)
+        self._live.clear()
+        self._current = None
+
+    def _end(self, run: _Run) -> None:
+        if not run.coroutine.dead:
+            with torch.no_grad(), self.products:
+                run.coroutine.throw()
+
+
+def _finite(output: Tensor) -> Tensor:
+    if not torch.isfinite(output).all():
+        raise NumericError("NaN or inf in its output. float16 models overflow easily: try --dtype bfloat16 or float32.")
+    return output
