@@ -25,6 +25,7 @@ import torch
 from llmprune.data import BosMode, Corpus, Source, bos_token, evaluation_windows, load_corpus
 from llmprune.errors import LlmpruneError, NumericError, UserError
 from llmprune.eval.losses import LOGITS_MEMORY, window_losses
+from llmprune.machine import device_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -82,8 +83,9 @@ def evaluate(
 ) -> Perplexity:
     """Measure `model` on `dataset`: anything that `load_corpus` reads, a `Corpus`, or windows of token ids (n, L).
 
-    `tokens` bounds how much is read; without it all of the text is. `seq_len` is `default_seq_len` unless given (token ids bring their own). `bos` is as in `bos_token`, `text_column` as in
-    `load_corpus`, where there is something to load, and the rest as in `perplexity`.
+    `tokens` bounds how much is read; without it all of the text is. `seq_len` is `default_seq_len` unless given (token
+    ids bring their own). `bos` is as in `bos_token`, `text_column` as in `load_corpus`, where there is something to
+    load, and the rest as in `perplexity`.
 
     Raises
     ------
@@ -201,7 +203,7 @@ def _protocol(corpus: Corpus | torch.Tensor, windows: torch.Tensor, *, bos: int 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of this file. Exit code 2 and one sentence where something given cannot be used."""
-    _command.main(args=None if argv is None else list(argv), prog_name="python -m llmprune.eval.perplexity")
+    command.main(args=None if argv is None else list(argv), prog_name="python -m llmprune.eval.perplexity")
 
 
 @click.command(help="Perplexity of a causal language model, with its standard error and the protocol.")
@@ -217,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 @click.option("--batch-size", type=int, help="Windows per forward. [default: by memory for logits]")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def _command(
+def command(
     *,
     model_id: str,
     revision: str | None,
@@ -231,22 +233,12 @@ def _command(
 
     try:
         loaded = load(model_id, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-        model = loaded.model.to(_chosen_device(device))
+        model = loaded.model.to(device_named(device))
         result = evaluate(model, loaded.tokenizer, progress=_progress(), **settings)
     except LlmpruneError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     click.echo(json.dumps(asdict(result), indent=2) if as_json else _as_lines(result))
-
-
-def _chosen_device(written: str | None) -> torch.device:
-    """The device asked for, if it works; without one the GPU if there is one, else the CPU."""
-    if written is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=written).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device {written} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _as_lines(result: Perplexity) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmprune.config import PruneConfig
 from llmprune.errors import LlmpruneError, UserError
+from llmprune.machine import compute_dtype, free_bytes
 from llmprune.methods import Method
 from llmprune.model.structure import (
     Decoder,
@@ -29,7 +30,7 @@ from llmprune.results import PrunedWeight, SkippedWeight
 from llmprune.sparsity.pattern import NM, Pattern
 from llmprune.walk.lockstep import Group, LayerWalk
 from llmprune.walk.recorder import Recording, check_replay, record
-from llmprune.walk.resident import compute_dtype, free_bytes, resident
+from llmprune.walk.resident import resident
 from llmprune.walk.survey import Schedule, survey_layer
 
 __all__ = ["Pruned", "Survey", "Watcher", "prune_layers", "survey_model"]

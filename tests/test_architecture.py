@@ -26,15 +26,16 @@ MAX_FUNCTION_LINES = 80
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "results": set(),
+    "machine": {"errors"},
     "sparsity": {"errors"},
     "methods": {"errors", "sparsity"},
     "data": {"errors"},
     "model": {"errors", "results"},
     "walk": {"errors", "model", "results", "sparsity", "data"},
     "config": {"errors", "sparsity", "methods", "data"},
-    "pipeline": {"errors", "results", "config", "walk", "methods", "sparsity", "model"},
+    "pipeline": {"errors", "results", "config", "walk", "methods", "sparsity", "model", "machine"},
     "checkpoint": {"errors", "results", "config", "sparsity", "model"},
-    "eval": {"errors", "data", "model"},
+    "eval": {"errors", "data", "model", "machine"},
 }
 # The last three rows stand on everything before them, and nothing before them knows what a person sees.
 MAY_IMPORT["job"] = set(MAY_IMPORT)

@@ -32,6 +32,7 @@ __all__ = [
     "REPORT",
     "Report",
     "TensorRecord",
+    "cleaned",
     "command_line",
     "describe_tensors",
     "record",
@@ -96,7 +97,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The document, without secrets and home directories."""
-        document = _cleaned(asdict(replace(self, tensors={})))
+        document = cleaned(asdict(replace(self, tensors={})))
         tensors = {name: {**asdict(held), "touched": held.touched} for name, held in self.tensors.items()}
         return {"schema": self.schema, **document, "tensors": tensors}
 
@@ -227,12 +228,12 @@ def _cpu_model() -> str:
     return match[1] if match else platform.processor() or platform.machine()
 
 
-def _cleaned(value: Any) -> Any:
+def cleaned(value: Any) -> Any:
     """`value` with tokens and the home directory taken out of every string in it."""
     if isinstance(value, dict):
-        return {key: _cleaned(inner) for key, inner in value.items()}
+        return {key: cleaned(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_cleaned(inner) for inner in value]
+        return [cleaned(inner) for inner in value]
     if isinstance(value, str | Path):
         text = re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", str(value))
         home = str(Path.home())

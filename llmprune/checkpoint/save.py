@@ -14,6 +14,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.checkpoint.carry import Carried, carry_over
+from llmprune.checkpoint.report import cleaned
 from llmprune.checkpoint.target import write_errors
 from llmprune.errors import UserError
 
@@ -71,7 +72,8 @@ def write(
     """Write the model, its tokenizer and what belongs to them into `directory`, which exists and is empty.
 
     `source` is the directory of the original's files, or None where there is none to carry anything over from (a GGUF,
-    a model made in memory). `provenance` goes into config.json as `llmprune_config` and stays on `model.config`.
+    a model made in memory). `provenance` goes into config.json as `llmprune_config`, without secrets and home
+    directories, and stays on `model.config`.
 
     Returns what came along from the source beside the model's own files.
 
@@ -81,7 +83,7 @@ def write(
         if the model is still quantized, or the files cannot be written (disk full).
     """
     _check_dense(model)
-    model.config.llmprune_config = dict(provenance)
+    model.config.llmprune_config = cleaned(dict(provenance))
     with write_errors(directory):
         model.save_pretrained(directory, max_shard_size=max_shard_size)
         if tokenizer is not None:

@@ -8,7 +8,6 @@ stops at the first.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,11 +24,16 @@ from llmprune.checkpoint.layout import SavedWeight, digest
 from llmprune.checkpoint.probe import Probe, logits_of
 from llmprune.checkpoint.report import Report
 from llmprune.errors import VerificationError
+from llmprune.results import PrunedWeight
 from llmprune.sparsity.pattern import NM, parse_pattern
 
-__all__ = ["Check", "Verification", "verify"]
+__all__ = ["SAME_LOGITS", "Check", "Verification", "verify"]
 
 _NAMED = 5  # how many names an error shows; all are in Check.failures
+
+
+SAME_LOGITS = "same logits as before saving"
+"""The check that the reloaded model answers as the one in memory did."""
 
 
 @dataclass(frozen=True)
@@ -183,21 +187,29 @@ def _pattern_fault(rows: Tensor, weight: SavedWeight) -> str:
         short = int((groups < pattern.m - pattern.n).sum())
         return f"breaks {weight.pattern} in {short} of {groups.numel()} groups" if short else ""
     if weight.scope == "row":
-        # A pattern is written with six digits, so that its count may round to one more than was asked for.
-        short = int(((rows == 0).sum(-1) < pattern.zeros_of(rows.shape[1]) - 1).sum())
-        return f"has fewer than {weight.pattern} zeros in {short} of {rows.shape[0]} rows" if short else ""
+        least = pattern.zeros_of(rows.shape[1])
+        short = int(((rows == 0).sum(-1) < least).sum())
+        return f"has fewer than {least} zeros in {short} of {rows.shape[0]} rows" if short else ""
     return ""  # counted over the whole matrix, which may lie in several tensors
 
 
 def _check_counts(report: Report, zeros: Mapping[str, int]) -> Check:
     failures = []
     for row in report.pruned:
-        found, size = zeros.get(row.name, 0), row.shape[0] * row.shape[1]
+        found, least = zeros.get(row.name, 0), _least_zeros(row)
         if found != row.zeros:
             failures.append(f"{row.name} holds {found} zeros, not {row.zeros}")
-        elif found < math.floor((parse_pattern(row.pattern).sparsity - 1e-6) * size):
-            failures.append(f"{row.name} holds {found} zeros of {size}, less than {row.pattern}")
+        elif found < least:
+            failures.append(f"{row.name} holds {found} zeros, and {row.pattern} needs {least}")
     return Check("zeros of every pruned weight", len(report.pruned), tuple(failures))
+
+
+def _least_zeros(row: PrunedWeight) -> int:
+    """How many zeros the pattern promises in a weight, counted where its method counted them."""
+    pattern, (out_features, in_features) = parse_pattern(row.pattern), row.shape
+    if row.scope == "matrix":
+        return pattern.zeros_of(out_features * in_features)
+    return out_features * pattern.zeros_of(in_features)
 
 
 def _check_config(directory: Path) -> Check:
@@ -251,10 +263,8 @@ def _same(state: Mapping[str, Tensor], one: str, other: str) -> bool:
 def _check_logits(model: PreTrainedModel, probe: Probe) -> Check:
     logits = logits_of(model, probe.input_ids)
     if logits.shape == probe.logits.shape and torch.equal(logits, probe.logits):
-        return Check("same logits as before saving", logits.numel())
+        return Check(SAME_LOGITS, logits.numel())
     if logits.shape != probe.logits.shape:
-        return Check(
-            "same logits as before saving", 1, (f"shape {tuple(logits.shape)}, not {tuple(probe.logits.shape)}",)
-        )
+        return Check(SAME_LOGITS, 1, (f"shape {tuple(logits.shape)}, not {tuple(probe.logits.shape)}",))
     worst = float((logits - probe.logits).abs().max())
-    return Check("same logits as before saving", logits.numel(), (f"they differ by up to {worst:.3g}",))
+    return Check(SAME_LOGITS, logits.numel(), (f"they differ by up to {worst:.3g}",))

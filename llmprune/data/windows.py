@@ -179,7 +179,7 @@ def _tokenised(
     encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
     for ids in encoded["input_ids"]:
         stream = torch.tensor(ids, dtype=torch.int64)
-        yield stream
+        yield stream[1:] if bos is not None and ids[:1] == [bos] else stream
 
 
 def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:

@@ -100,15 +100,15 @@ def inverse_factor(hessian: Tensor, dampening_frac: float) -> tuple[Tensor, tupl
     U (in_features, in_features), and notes.
     """
     scale = hessian.diagonal().mean().item()
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     if scale == 0:
-        return torch.eye(len(hessian)).to(hessian), ("all inputs are zero: pruned by magnitude",)
+        return identity, ("all inputs are zero: pruned by magnitude",)
     added = 0.0
     for fraction in (dampening_frac, *(step for step in (0.01, 0.1, 1.0) if step > dampening_frac)):
         hessian.diagonal().add_(fraction * scale - added)
         added = fraction * scale
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed and torch.isfinite(lower.diagonal()).all():
-            identity = torch.eye(len(hessian)).to(hessian)
             notes = () if fraction == dampening_frac else (f"damping raised from {dampening_frac:g} to {fraction:g}",)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), notes
     raise NumericError(

@@ -7,9 +7,10 @@ pruned and saved are plain floating-point weights. Everything is loaded on the C
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 """What every failed request raises, a refused connection included (httpx's own class, under whatever name)."""
 
-SIDE_FILES = ["*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.safetensors.index.json"]
+SIDE_FILES = ["*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "*processor_config.json", "*.safetensors.index.json"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def load(
 def _load_gguf(path: Path, name: str, dtype: str) -> Loaded:
     if not path.is_file():
         raise UserError(f"--model: the GGUF file {path} does not exist.")
-    with _told_clearly(name), quiet_transformers():
+    # transformers draws its bar for dequantizing a GGUF whatever the settings are.
+    with _told_clearly(name), quiet_transformers(), redirect_stderr(io.StringIO()):
         kind = None if dtype == "auto" else dtype
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=kind)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

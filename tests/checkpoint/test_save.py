@@ -46,6 +46,21 @@ def test_the_tokenizer_comes_with_its_chat_template(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "{{ messages }}"
 
 
+def test_no_local_path_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "ada"
+    monkeypatch.setattr(Path, "home", lambda: home)
+    tiny_model("llama").save_pretrained(home / "source")
+    tiny_tokenizer().save_pretrained(home / "source")
+    model = AutoModelForCausalLM.from_pretrained(home / "source")
+    tokenizer = AutoTokenizer.from_pretrained(home / "source")
+    out = tmp_path / "out"
+    out.mkdir()
+    provenance = {"model": str(home / "source")}
+    write(model, tokenizer, out, source=home / "source", max_shard_size="5GB", provenance=provenance)
+    assert model.config.llmprune_config == {"model": "~/source"}
+    assert [path.name for path in out.glob("*.json") if str(tmp_path) in path.read_text()] == []
+
+
 @pytest.mark.parametrize("place", ["config", "quantizer"])
 def test_a_quantized_model_is_refused(tmp_path: Path, place: str) -> None:
     model = tiny_model("llama")

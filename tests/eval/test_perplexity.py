@@ -105,8 +105,10 @@ def test_the_head_in_chunks_gives_the_same(model: Any, positions: int, batch_siz
     assert chunked == pytest.approx(window_losses(model, windows), rel=1e-5)
 
 
-@pytest.mark.parametrize(("batch_size", "batches"), [(None, 5), (2, 3)])
-def test_chunks_keep_within_memory_and_run_the_decoder_once(model: Any, batch_size: int | None, batches: int) -> None:
+@pytest.mark.parametrize(("batch_size", "batches", "chunks"), [(None, 5, 5 * 3), (2, 3, 5 + 5 + 3)])
+def test_chunks_keep_within_memory_and_run_the_decoder_once(
+    model: Any, batch_size: int | None, batches: int, chunks: int
+) -> None:
     sizes: list[int] = []
     runs: list[None] = []
     decoder = model.base_model
@@ -116,7 +118,7 @@ def test_chunks_keep_within_memory_and_run_the_decoder_once(model: Any, batch_si
     memory = 10 * VOCABULARY * 4
     window_losses(model, random_windows(), batch_size=batch_size, logits_memory=memory)
     assert max(sizes) == memory
-    assert len(sizes) == 15  # 23 predictions of each window, ten at a time or five of two windows
+    assert len(sizes) == chunks  # 23 predictions, ten at a time, or five of two windows each
     assert len(runs) == batches
     assert "forward" not in vars(decoder)
 

@@ -21,7 +21,6 @@ from llmprune.walk.survey import survey_layer
 from tests import builders
 from tests.walk import naive
 
-
 CPU = torch.device("cpu")
 
 

@@ -1,0 +1,93 @@
+"""The machine: which device computes, what it is good at, and how much memory there is.
+
+Nothing here is imported by merely importing llmprune; torch.cuda is asked only when a device is wanted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from llmprune.errors import UserError
+
+__all__ = ["compute_dtype", "device_named", "free_bytes", "peak_memory", "placed"]
+
+ROOM_TO_SPARE = 0.8
+"""A model is moved to a device whole only if it takes less than this share of the free memory there."""
+
+
+def device_named(written: str | None) -> torch.device:
+    """The device asked for, if it works; without one the GPU if there is one, else the CPU.
+
+    Raises
+    ------
+    UserError
+        if torch cannot use it.
+    """
+    if written is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=written).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device {written} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which weights stored in `dtype` are computed on `device`.
+
+    float32 for 16-bit weights on a CPU without instructions for them, where their products are several times slower.
+    """
+    if device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    return torch.bfloat16 if dtype == torch.bfloat16 and _native_bfloat16() else torch.float32
+
+
+def _native_bfloat16() -> bool:
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a computation on `device` may still take, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most memory that this process has held so far, in bytes: of the host, and of `device` if it is a GPU."""
+    peak = {"cpu": _peak_of_process()}
+    if device.type == "cuda":
+        peak[str(device)] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def _peak_of_process() -> int:
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The whole model on `device` for a `with` block, if it fits there with room to spare; then where it was."""
+    home = next(model.parameters()).device
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device == home or size > ROOM_TO_SPARE * free_bytes(device):
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)

@@ -1,0 +1,236 @@
+"""The command line as a person uses it: in a subprocess, with its output, exit code and what it leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from llmprune.cli import main
+from tests.builders import tiny_model, tiny_tokenizer
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "the",
+    "dog",
+    "ran",
+    "after",
+    "a",
+    "ball",
+    "in",
+    "the",
+    "garden",
+    "behind",
+    "the",
+    "house",
+]
+
+
+FEW = ["--model", "gpt2", "--dataset", "text.txt", "--num-samples", "6", "--seq-len", "32"]
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A working directory with a tiny model and a text, and a way to run llmprune there."""
+
+    folder: Path
+
+    def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llmprune", *arguments]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == code, done.stderr
+        return done
+
+    def prune(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        return self.run(*FEW, "--eval-dataset", "text.txt", "--eval-tokens", "256", *arguments, code=code)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    folder = tmp_path_factory.mktemp("desk")
+    tiny_model("gpt2").save_pretrained(folder / "gpt2")
+    tiny_tokenizer().save_pretrained(folder / "gpt2")
+    text = "\n\n".join(" ".join(WORDS[(7 * i + j) % len(WORDS)] for j in range(30)) for i in range(40))
+    (folder / "text.txt").write_text(text)
+    return Desk(folder)
+
+
+@pytest.fixture(scope="module")
+def pruned(desk: Desk) -> Path:
+    desk.prune("--sparsity", "2:4")
+    return desk.folder / "gpt2-sparsegpt-2of4"
+
+
+def one_sentence(out: str, err: str) -> str:
+    """The error of a run, which must be one line without a traceback and nothing on standard output."""
+    assert "Traceback" not in err
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, err
+    return errors[0]
+
+
+def test_the_whole_job(desk: Desk, pruned: Path) -> None:
+    assert (pruned / "llmprune_report.json").exists()
+    report = json.loads((pruned / "llmprune_report.json").read_text())
+    assert report["totals"]["pruned_weights"] == 8
+    assert report["before"][0]["value"] > 0
+    assert report["after"][0]["tokens"] == 8 * 31
+    assert set(report["seconds"]) >= {"load", "prune", "save and verify", "evaluate dense", "evaluate pruned"}
+    for name, tensor in load_file(pruned / "model.safetensors").items():
+        if ".h." in name and tensor.ndim == 2:
+            assert ((tensor.T == 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all(), name
+
+
+def test_progress_goes_to_standard_error_and_the_result_to_standard_output(desk: Desk) -> None:
+    done = desk.prune("--method", "wanda", "--output-dir", "shown")
+    assert "layer 2/2  c_attn 0." in done.stderr
+    assert "left" in done.stderr
+    assert "\x1b[" not in done.stderr + done.stdout  # no colours, no bars: this is no terminal
+    for expected in ("perplexity", "dense", "pruned", "±", "50.00% of the pruned weights", "peak memory", "verified"):
+        assert expected in done.stdout
+    assert "tokenised once" in " ".join(done.stdout.split())
+    assert "as large and run as fast as the dense" in " ".join(done.stdout.split())
+
+
+def test_json_is_the_report_and_quiet_is_silent(desk: Desk) -> None:
+    done = desk.prune("--json", "--quiet", "--output-dir", "as-json", "--no-eval", "--method", "magnitude")
+    assert done.stderr == ""
+    printed = json.loads(done.stdout)
+    assert printed == json.loads((desk.folder / "as-json" / "llmprune_report.json").read_text())
+    assert printed["before"] == printed["after"] == []
+    silent = desk.prune("--quiet", "--overwrite", "--output-dir", "as-json", "--no-eval")
+    assert silent.stdout + silent.stderr == ""
+
+
+def test_verify_passes_and_then_finds_a_changed_byte(desk: Desk, pruned: Path) -> None:
+    assert "is what its report says" in desk.run("verify", pruned.name).stdout
+    copy = desk.folder / "spoilt"
+    subprocess.run(["cp", "-r", str(pruned), str(copy)], check=True)
+    shard = copy / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    done = desk.run("verify", "spoilt", "--json", code=1)
+    assert json.loads(done.stdout)["ok"] is False
+    assert "differs from what was" in done.stdout
+
+
+def test_eval_prints_the_number_of_the_report(desk: Desk, pruned: Path) -> None:
+    after = json.loads((pruned / "llmprune_report.json").read_text())["after"][0]
+    arguments = ["--model", pruned.name, "--dataset", "text.txt", "--tokens", "256", "--seq-len", "32", "--json"]
+    assert json.loads(desk.run("eval", *arguments).stdout)["value"] == pytest.approx(after["value"], rel=1e-6)
+
+
+def test_the_config_of_a_pruned_model_repeats_its_run(desk: Desk, pruned: Path) -> None:
+    desk.run("--config", f"{pruned.name}/config.json", "--output-dir", "again", "--no-eval", "--quiet")
+    assert (desk.folder / "again/model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+
+
+def test_options_from_a_yaml_file_and_typed_ones_before_them(desk: Desk) -> None:
+    (desk.folder / "run.yaml").write_text("model: gpt2\nsparsity: 2:4\nmethod: wanda\nnum-samples: 4\nignore: [c_fc]\n")
+    common = ["--dataset", "text.txt", "--seq-len", "32", "--no-eval", "--json", "--quiet", "--output-dir", "yaml"]
+    report = json.loads(desk.run("--config", "run.yaml", "--num-samples", "3", *common).stdout)
+    assert report["config"]["sparsity"] == "2:4"
+    assert report["config"]["num_samples"] == 3
+    assert sum(row["reason"] == "--ignore" for row in report["skipped"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--sparsity", "3"], "If you meant 3 %, write 3%"),
+        (["--sparsity", "4:2"], "0 < N < M"),
+        (["--sparsity", "half"], "N kept of every M (2:4); got 'half'"),
+        (["--sparsity", "2:5"], "h.0.attn.c_attn.weight has 32 inputs"),
+        (["--method", "wand"], "did you mean 'wanda'?"),
+        (["--ignore", "q_proj"], "--ignore 'q_proj' matches no weight"),
+        (["--ignore", "re:("], "is no regular expression"),
+        (["--num-samples", "5000"], "are missing. Lower --num-samples or --seq-len"),
+        (["--num-samples", "0"], "num_samples is a whole number, at least 1"),
+        (["--seq-len", "65"], "--seq-len may be at most 64"),
+        (["--dataset", "none.txt"], "none.txt"),
+        (["--device", "tpu9"], "--device tpu9 cannot be used"),
+        (["--dtype", "int8"], "dtype is one of auto, float32, bfloat16, float16"),
+        (["--output-dir", "gpt2"], "gpt2"),
+        (["--output-dir", "text.txt"], "text.txt"),
+        (["--model", "./nowhere"], "./nowhere does not exist"),
+        (["--model", "nobody/nothing"], "nobody/nothing"),
+        (["--on-indivisible", "maybe"], "error, skip"),
+        (["--block-size", "0"], "block_size"),
+    ],
+)
+def test_a_mistake_costs_one_sentence_and_exit_code_2(
+    desk: Desk, arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, to save an import of torch for each; the next test makes one mistake as a user would."""
+    monkeypatch.chdir(desk.folder)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    before = sorted(path.name for path in desk.folder.iterdir())
+    sys.argv = ["llmprune", *FEW, "--output-dir", "never", *arguments, "--quiet", "--no-eval"]
+    with pytest.raises(SystemExit, check=lambda end: end.code == 2):
+        main()
+    printed = capfd.readouterr()
+    assert expected in one_sentence(printed.out, printed.err)
+    assert sorted(path.name for path in desk.folder.iterdir()) == before
+
+
+def test_an_existing_output_is_kept_unless_overwrite_is_said(desk: Desk, pruned: Path) -> None:
+    stamp = (pruned / "model.safetensors").stat().st_mtime_ns
+    done = desk.prune("--quiet", code=2)
+    assert "--overwrite" in one_sentence(done.stdout, done.stderr)
+    assert (pruned / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["--num-samples", "many"], ["nonsense"]])
+def test_misspelt_options_are_told_by_click(desk: Desk, arguments: list[str]) -> None:
+    done = desk.run("--model", "gpt2", *arguments, code=2)
+    assert "Traceback" not in done.stderr
+    assert "Error: " in done.stderr
+
+
+def test_without_arguments_it_explains_itself(desk: Desk) -> None:
+    assert "Examples:" in desk.run().stdout
+    done = desk.run("--sparsity", "2:4", code=2)
+    assert "--model is missing" in one_sentence(done.stdout, done.stderr)
+
+
+def test_help_names_every_method(desk: Desk) -> None:
+    from llmprune.methods import METHODS
+
+    text = desk.run("--help").stdout
+    assert all(name in text for name in METHODS)
+
+
+def test_ctrl_c_leaves_nothing_behind(desk: Desk) -> None:
+    """Interrupted in the middle of the layers: one sentence, exit code 130, no file and no temporary directory."""
+    command = [sys.executable, "-u", "-m", "llmprune", "--model", "gpt2", "--dataset", "text.txt", "--no-eval"]
+    command += ["--num-samples", "400", "--seq-len", "8", "--output-dir", "interrupted"]
+    with subprocess.Popen(command, cwd=desk.folder, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "Relative output error" in line:
+                time.sleep(0.05)
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "Interrupted" in rest
+    assert "Traceback" not in rest
+    assert not list(desk.folder.glob("*interrupted*"))
+    assert not list(desk.folder.glob(".*interrupted*"))

@@ -1,0 +1,140 @@
+"""Configs: checked when made, the same in Python and in JSON, and clear about what they did not understand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmprune.config import EvaluationConfig, PruneConfig, from_mapping
+from llmprune.errors import UserError
+from llmprune.methods import METHODS, Magnitude, SparseGPT, Wanda
+from llmprune.sparsity.pattern import NM, Unstructured
+
+
+@pytest.mark.parametrize(
+    ("given_as", "kept_as"),
+    [(0.5, "50%"), ("50%", "50%"), ("2:4", "2:4"), (NM(3, 7), "3:7"), (Unstructured(0.25), "25%")],
+)
+def test_a_sparsity_is_kept_as_text(given_as: Any, kept_as: str) -> None:
+    config = PruneConfig(sparsity=given_as)
+    assert config.sparsity == kept_as
+    assert str(config.pattern) == kept_as
+
+
+@given(st.floats(1e-6, 0.999999999))
+def test_a_sparsity_loses_no_digit(sparsity: float) -> None:
+    assert PruneConfig(sparsity=sparsity).pattern == Unstructured(sparsity)  # type: ignore[arg-type]
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "sparsity": st.sampled_from(["2:4", "0.37", "50%"]),
+            "method": st.sampled_from(sorted(METHODS)),
+            "block_size": st.integers(1, 4096),
+            "dampening_frac": st.floats(1e-6, 0.5),
+            "ignore": st.lists(st.sampled_from(["down_proj", "model.layers.0.mlp.up_proj", "re:.*k_proj"])),
+            "on_indivisible": st.sampled_from(["error", "skip"]),
+            "text_column": st.none() | st.just("content"),
+            "seq_len": st.none() | st.integers(2, 8192),
+            "seed": st.integers(0, 2**32),
+            "bos": st.sampled_from(["auto", "always", "never"]),
+        }
+    )
+)
+def test_a_config_comes_back_from_json_as_it_was(settings: dict[str, Any]) -> None:
+    config = from_mapping(PruneConfig, settings)
+    assert from_mapping(PruneConfig, json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_an_evaluation_comes_back_from_json_as_it_was() -> None:
+    config = EvaluationConfig(("wikitext2", "c4"), eval_tokens=1000, eval_seq_len=128)
+    assert from_mapping(EvaluationConfig, json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_a_config_is_frozen_and_checked_again_when_replaced() -> None:
+    config = PruneConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
+    with pytest.raises(UserError):
+        replace(config, num_samples=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        (PruneConfig(), SparseGPT()),
+        (PruneConfig(block_size=64, dampening_frac=0.1), SparseGPT(block_size=64, dampening_frac=0.1)),
+        (PruneConfig(method="wanda"), Wanda()),
+        (PruneConfig(method="magnitude"), Magnitude()),
+    ],
+)
+def test_the_method_gets_its_settings(config: PruneConfig, method: Any) -> None:
+    assert config.build_method() == method
+
+
+def test_how_a_result_is_named() -> None:
+    assert PruneConfig().name_suffix == "sparsegpt-2of4"
+    assert PruneConfig(sparsity="62.5%", method="wanda").name_suffix == "wanda-62.5pct"
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_names_come_in_any_row(kind: Any) -> None:
+    assert PruneConfig(ignore=kind(["down_proj", "k_proj"])).ignore == ("down_proj", "k_proj")
+
+
+def test_a_single_name_is_not_taken_apart() -> None:
+    assert PruneConfig(ignore="down_proj").ignore == ("down_proj",)  # type: ignore[arg-type]
+    assert EvaluationConfig("wikitext2").eval_dataset == ("wikitext2",)  # type: ignore[arg-type]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"sparsity": "half"}, r"fraction \(0\.5\), a percentage \(50%\) or N:M"),
+    ({"sparsity": 2}, r"If you meant 2 %, write 2%"),
+    (
+        {"method": "sparsgpt"},
+        r"method is one of magnitude, wanda, sparsegpt; got 'sparsgpt' \(did you mean 'sparsegpt'",
+    ),
+    ({"method": "obs"}, r"method is one of magnitude, wanda, sparsegpt; got 'obs'\.$"),
+    ({"on_indivisible": "pad"}, r"on_indivisible is one of error, skip; got 'pad'"),
+    ({"bos": "yes"}, r"bos is one of auto, always, never; got 'yes'"),
+    ({"num_samples": 0}, r"num_samples is a whole number, at least 1; got 0\."),
+    ({"num_samples": None}, r"num_samples is a whole number, at least 1; got None\."),
+    ({"num_samples": "128"}, r"num_samples is a whole number, at least 1; got '128'\."),
+    ({"seq_len": 1}, r"seq_len is a whole number, at least 2; got 1\."),
+    ({"seq_len": 512.0}, r"seq_len is a whole number, at least 2; got 512\.0\."),
+    ({"batch_size": True}, r"batch_size is a whole number, at least 1; got True\."),
+    ({"seed": -1}, r"seed is a whole number, at least 0; got -1\."),
+    ({"block_size": 0}, r"block_size is a number of columns, at least 1; got 0\."),
+    ({"dampening_frac": 1.0}, r"between 0 and 1, usually 0\.01; got 1\.0\."),
+    ({"dampening_frac": "1e-2"}, r"between 0 and 1, usually 0\.01; got '1e-2'\."),
+    ({"ignore": ["re:("]}, r"ignore: '\(' is no regular expression \(.+\)\."),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=[str(settings) for settings, _ in WRONG])
+def test_what_cannot_be_meant_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PruneConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"eval_tokens": 1}, {"eval_seq_len": 1}, {"eval_tokens": 1e4}])
+def test_what_cannot_be_measured_is_refused_at_once(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="is a whole number, at least 2; got"):
+        EvaluationConfig(**settings)
+
+
+def test_an_unknown_setting_names_the_near_one_and_all() -> None:
+    with pytest.raises(
+        UserError, match=r"no setting 'n_samples'; did you mean 'num_samples'\? It has: sparsity, method"
+    ):
+        from_mapping(PruneConfig, {"n_samples": 4})
+    with pytest.raises(
+        UserError, match=r"EvaluationConfig has no setting 'colour'\. It has: eval_dataset, eval_tokens"
+    ):
+        from_mapping(EvaluationConfig, {"colour": 4})
