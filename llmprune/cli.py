@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import click
 
@@ -18,6 +18,8 @@ from llmprune import __version__
 from llmprune.errors import LlmpruneError, UserError
 
 __all__ = ["main"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 EXAMPLES = """\b
 Examples:
@@ -55,10 +57,14 @@ class Root(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-def _grouped(title: str) -> Callable[..., Any]:
+class _Option(Protocol):
+    def __call__(self, *names: str, **settings: Any) -> Callable[[F], F]: ...
+
+
+def _grouped(title: str) -> _Option:
     """Options that stand together in the help text."""
 
-    def option(*names: str, **settings: Any) -> Any:
+    def option(*names: str, **settings: Any) -> Callable[[F], F]:
         return click.option(*names, cls=_TitledOption, title=title, **settings)
 
     return option

@@ -242,30 +242,24 @@ class _Run:
         return f"{base}-{self.config.name_suffix}"
 
     def _windows(self, loaded: Loaded) -> torch.Tensor:
-        config = self.config
-        source = self.job.dataset if self.job.dataset is not None else config.dataset
-        assert config.seq_len is not None
-        bos = self._bos(loaded)
-        if not isinstance(source, torch.Tensor):
+        """The calibration tokens (num_samples, seq_len), and a note of where they come from."""
+        seq_len, bos = self.config.seq_len, self._bos(loaded)
+        assert seq_len is not None
+        source = self.config.dataset if self.job.dataset is None else self.job.dataset
+        if isinstance(source, torch.Tensor):
+            self.config = replace(self.config, num_samples=min(self.config.num_samples, len(source)))
+            self.text = {"name": f"token ids {tuple(source.shape)} given"}
+        else:
             source = load_corpus(
                 source,
                 purpose="calibration",
-                text_column=config.text_column,
+                text_column=self.config.text_column,
                 tokenizer=loaded.tokenizer,
-                enough_characters=CHARACTERS_PER_TOKEN * config.num_samples * config.seq_len,
+                enough_characters=CHARACTERS_PER_TOKEN * self.config.num_samples * seq_len,
             )
             self.text = {"name": source.name, **source.provenance}
-        else:
-            self.text = {"name": f"token ids {tuple(source.shape)} given"}
-            config = self.config = replace(config, num_samples=min(config.num_samples, len(source)))
-        return calibration_windows(
-            source,
-            loaded.tokenizer,
-            num_samples=config.num_samples,
-            seq_len=config.seq_len,
-            seed=config.seed,
-            bos=bos,
-        )
+        samples, seed = self.config.num_samples, self.config.seed
+        return calibration_windows(source, loaded.tokenizer, num_samples=samples, seq_len=seq_len, seed=seed, bos=bos)
 
     def _bos(self, loaded: Loaded) -> int | None:
         if isinstance(self.job.dataset, torch.Tensor):

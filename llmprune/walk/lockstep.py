@@ -19,7 +19,7 @@ run once more through the finished layer: a weight met several times in one forw
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -133,7 +133,7 @@ class LayerWalk:
         self._current: _Run | None = None
         self._main = getcurrent()
 
-    def __iter__(self) -> Iterator[Group]:
+    def __iter__(self) -> Generator[Group, None, None]:
         self._main = getcurrent()
         try:
             for batch in range(len(self.hidden)):

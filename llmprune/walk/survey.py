@@ -152,7 +152,7 @@ class _LiveBytes(TorchDispatchMode):
     """Counts the memory of tensors that were made inside the `with` block and are still alive."""
 
     def __init__(self, apart_from: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self.apart = {tensor.untyped_storage().data_ptr() for tensor in apart_from}
 
