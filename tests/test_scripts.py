@@ -6,21 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from .builders import tiny_model, tiny_tokenizer
+from tests.builders import tiny_model, tiny_tokenizer
+
+Script = Callable[[str], ModuleType]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured through /proc")
 
 
 @pytest.fixture
-def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
     """Import a file of scripts/ by name, with its neighbours in reach as when it is run."""
     monkeypatch.syspath_prepend(repository / "scripts")
 
@@ -46,62 +50,73 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run(repository: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(repository / "scripts" / words[0]), *map(str, words[1:])]
-    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
-def _compare(repository: Path, tiny: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+def _arguments(tiny: Path, *words: str | Path) -> list[str]:
+    """The options of compare_methods that make it small, and `words`."""
     text = tiny / "text.txt"
     lengths = ("--num-samples", "4", "--seq-len", "32", "--eval-tokens", "256", "--eval-seq-len", "32")
     given = ("--model", tiny / "model", "--dataset", text, "--eval-dataset", text, "--device", "cpu", *lengths)
-    return _run(repository, "compare_methods", *given, *words)
+    return [str(word) for word in (*given, *words)]
 
 
 def test_compare_methods_prints_a_table_and_writes_every_row(repository: Path, tiny: Path, tmp_path: Path) -> None:
-    words = ("--method", "wanda", "--method", "magnitude", "--sparsity", "2:4", "--sparsity", "0.5", "--seeds", "2")
-    done = _compare(repository, tiny, *words, "--json", tmp_path / "rows.json")
+    words = ("--method", "wanda", "--method", "magnitude", "--sparsity", "2:4", "--sparsity", "50%", "--seeds", "2")
+    done = subprocess.run(
+        [sys.executable, repository / "scripts" / "compare_methods"]
+        + _arguments(tiny, *words, "--json", tmp_path / "rows.json"),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     order = [line.split("│")[1].split()[0] for line in done.stdout.splitlines() if line.startswith("│")]
     assert order == ["dense", "wanda", "wanda", "magnitude", "magnitude"]
     written = json.loads((tmp_path / "rows.json").read_text())
     made = [(row["method"], row["sparsity"], row["seed"]) for row in written["rows"]]
-    wanda = [("wanda", sparsity, seed) for sparsity in ("2:4", "0.5") for seed in (0, 1)]
-    assert made == [("dense", None, None), *wanda, ("magnitude", "2:4", 0), ("magnitude", "0.5", 0)]
+    wanda = [("wanda", sparsity, seed) for sparsity in ("2:4", "50%") for seed in (0, 1)]
+    assert made == [("dense", None, None), *wanda, ("magnitude", "2:4", 0), ("magnitude", "50%", 0)]
     assert written["seeds"] == [0, 1]
     assert {"torch", "transformers", "llmprune"} <= written["versions"].keys()
     assert "--seeds 2" in written["command"]
 
 
-def test_every_combination_starts_from_the_dense_weights(repository: Path, tiny: Path, tmp_path: Path) -> None:
-    """Magnitude at 2:4 gives the same number whether or not something was pruned before it."""
-    values = []
-    for before in ((), ("--method", "sparsegpt")):
-        file = tmp_path / f"{len(before)}.json"
-        done = _compare(repository, tiny, *before, "--method", "magnitude", "--json", file)
-        assert done.returncode == 0, done.stderr
-        values.append(json.loads(file.read_text())["rows"][-1]["perplexities"][0]["value"])
-    assert values[0] == values[1]
+def test_every_combination_starts_from_the_dense_weights(script: Script, tiny: Path, tmp_path: Path) -> None:
+    """Magnitude gives the same number before and after something else was pruned."""
+    methods = ("--method", "magnitude", "--method", "sparsegpt", "--method", "magnitude")
+    arguments = _arguments(tiny, *methods, "--json", tmp_path / "rows.json")
+    done = CliRunner().invoke(script("compare_methods").main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    dense, first, other, second = (row["perplexities"][0]["value"] for row in rows)
+    assert first == second
+    assert len({dense, first, other}) == 3
 
 
-def test_compare_methods_refuses_in_one_sentence(repository: Path, tiny: Path) -> None:
-    done = _compare(repository, tiny, "--method", "wnda")
-    assert done.returncode == 1
+def test_compare_methods_refuses_in_one_sentence(script: Script, tiny: Path) -> None:
+    done = CliRunner().invoke(script("compare_methods").main, _arguments(tiny, "--method", "wnda"))
+    assert done.exit_code == 1
     assert "did you mean 'wanda'" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert isinstance(done.exception, SystemExit)
 
 
-def test_bench_prune_explains_itself(repository: Path) -> None:
-    done = _run(repository, "bench_prune", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "--peer-python" in done.stdout
+def test_several_seeds_give_the_error_of_their_mean(script: Script) -> None:
+    compare = script("compare_methods")
+    results = [SimpleNamespace(value=value) for value in (10.0, 11.0, 12.0, 15.0)]
+    assert compare._mean(results) == "12 ± 1.1"  # standard deviation √(14/3), over √4
 
 
-def test_windows_arrive_unchanged_at_the_peer(script: object, tmp_path: Path) -> None:
+@linux
+def test_bench_prune_explains_itself(script: Script, repository: Path) -> None:
+    assert os.access(repository / "scripts" / "bench_prune", os.X_OK)
+    done = CliRunner().invoke(script("bench_prune").main, ["--help"])
+    assert done.exit_code == 0
+    assert "--peer-python" in done.output
+
+
+def test_windows_arrive_unchanged_at_the_peer(script: Script, tmp_path: Path) -> None:
     windows = torch.arange(24).view(3, 8).T  # not contiguous: a transpose as it is would be refused or reordered
-    script("bench_prune").hand_over(windows, tmp_path / "windows.safetensors")  # type: ignore[operator]
-    peer = script("bench_llmcompressor.py")  # type: ignore[operator]
+    script("bench_prune").hand_over(windows, tmp_path / "windows.safetensors")
+    peer = script("bench_llmcompressor.py")
     dataset = peer.dataset_of(peer.load_file(tmp_path / "windows.safetensors")["input_ids"])
     assert dataset["input_ids"][:] == windows.tolist()
     assert dataset["attention_mask"][:] == torch.ones(8, 3).tolist()
@@ -115,13 +130,13 @@ def test_windows_arrive_unchanged_at_the_peer(script: object, tmp_path: Path) ->
         ("0.6", {"sparsity": 0.6}),
     ],
 )
-def test_kept_of_m_becomes_pruned_of_m_for_the_peer(script: object, ours: str, theirs: dict[str, object]) -> None:
-    assert script("bench_llmcompressor.py").amount_of(ours) == theirs  # type: ignore[operator]
+def test_kept_of_m_becomes_pruned_of_m_for_the_peer(script: Script, ours: str, theirs: dict[str, object]) -> None:
+    assert script("bench_llmcompressor.py").amount_of(ours) == theirs
 
 
 @linux
-def test_memory_of_the_work_is_told_from_memory_before_it(script: object) -> None:
-    measured = script("measured.py")  # type: ignore[operator]
+def test_memory_of_the_work_is_told_from_memory_before_it(script: Script) -> None:
+    measured = script("measured.py")
     before = bytearray(64 * 2**20)
     del before
     with measured.Measured() as cost:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import UnsupportedModel
+from llmprune.errors import NumericError, UnsupportedModel
 
 __all__ = ["Call", "Recording", "check_replay", "hidden_of", "record"]
 
@@ -90,6 +90,8 @@ def check_replay(model: nn.Module, layers: Sequence[nn.Module], ids: Tensor) -> 
     ------
     UnsupportedModel
         naming the first layer whose output differs.
+    NumericError
+        if the dense model itself gives NaN or inf.
     """
     truth: list[Tensor] = []
     handles = [layer.register_forward_hook(lambda _m, _a, out: truth.append(hidden_of(out))) for layer in layers]
@@ -103,6 +105,11 @@ def check_replay(model: nn.Module, layers: Sequence[nn.Module], ids: Tensor) -> 
     with torch.no_grad():
         for index, layer in enumerate(layers):
             hidden = recording.calls[index][0](layer, hidden)
+            if not torch.isfinite(truth[index]).all():
+                raise NumericError(
+                    f"decoder layer {index} of the dense model gives NaN or inf on the first calibration window. "
+                    "float16 models overflow easily: try --dtype bfloat16 or float32. Nothing was changed."
+                )
             if not torch.equal(hidden, truth[index]):
                 raise UnsupportedModel(
                     f"decoder layer {index} ({type(layer).__name__}), called by itself, does not compute what the "
