@@ -125,7 +125,7 @@ def prune(
         Job(
             model,
             config=from_mapping(PruneConfig, {**config, "dataset": name}),
-            evaluation=from_mapping(EvaluationConfig, {**evaluation, "eval_dataset": tuple(eval_dataset)}),
+            evaluation=from_mapping(EvaluationConfig, {**evaluation, "eval_dataset": eval_dataset}),
             dataset=dataset,
             tokenizer=tokenizer,
             output_dir=Path(output_dir) if output_dir is not None else None,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.config import PruneConfig
-from llmprune.errors import LlmpruneError, UserError
+from llmprune.errors import LlmpruneError, NumericError, UserError
 from llmprune.machine import compute_dtype, free_bytes
 from llmprune.methods import Method
 from llmprune.model.structure import (
@@ -130,6 +130,8 @@ def _prune_group(group: Group, method: Method, pattern: Pattern, place: _Place) 
     start = time.perf_counter()
     rows = [len(weight) for weight in group.weights]
     stacked = torch.cat([weight.float() for weight in group.weights])
+    if not torch.isfinite(stacked).all():
+        raise NumericError(f"{group.keys[0]} holds NaN or inf before pruning: the checkpoint itself is damaged.")
     solution = method.prune(stacked, group.statistic, pattern, rows)
     seconds = time.perf_counter() - start
     for key, weight, new in zip(group.keys, group.weights, solution.weight.split(rows), strict=True):

@@ -61,8 +61,11 @@ def _arguments(tiny: Path, *words: str | Path) -> list[str]:
 def test_compare_methods_prints_a_table_and_writes_every_row(repository: Path, tiny: Path, tmp_path: Path) -> None:
     words = ("--method", "wanda", "--method", "magnitude", "--sparsity", "2:4", "--sparsity", "50%", "--seeds", "2")
     done = subprocess.run(
-        [sys.executable, repository / "scripts" / "compare_methods"]
-        + _arguments(tiny, *words, "--json", tmp_path / "rows.json"),
+        [
+            sys.executable,
+            repository / "scripts" / "compare_methods",
+            *_arguments(tiny, *words, "--json", tmp_path / "rows.json"),
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},

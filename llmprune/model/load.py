@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from llmprune.errors import UnsupportedModel, UserError
+from llmprune.errors import LlmpruneError, UnsupportedModel, UserError
 
 __all__ = ["DTYPES", "Loaded", "load", "quiet_transformers"]
 
@@ -107,7 +107,10 @@ def _load_gguf(path: Path, name: str, dtype: str) -> Loaded:
 
 
 def _ready(model: Any) -> Any:
-    """Plain weights in eval mode, with no quantizer left behind that would refuse to save them."""
+    """Plain weights in eval mode, with nothing left of a quantization: its quantizer would refuse to save them, and its
+    weight conversions, turned around, would give them the packed names again."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model._weight_conversions = None  # transformers then takes those of the architecture
     for owner, leftover in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(owner, leftover):
             delattr(owner, leftover)
@@ -156,13 +159,12 @@ def _told_clearly(name: str) -> Iterator[None]:
     """Turn what transformers raises about a model that cannot be had into one sentence."""
     try:
         yield
+    except LlmpruneError:
+        raise
     except HTTPError as error:
         raise UserError(f"--model {name}: the Hub cannot be reached ({_first_line(error)}).") from error
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        text = str(error)
-        if "trust_remote_code" in text:
+    except Exception as error:  # transformers, safetensors and gguf raise all sorts for files that are not theirs
+        if "trust_remote_code" in str(error):
             cure = "It brings its own Python code: read it, then add --trust-remote-code to run it."
         elif isinstance(error, OSError):
             cure = "Give a hub id (openai-community/gpt2), a directory made by save_pretrained, or a .gguf file."

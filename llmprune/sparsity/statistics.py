@@ -114,8 +114,9 @@ class Hessian:
     @property
     def matrix(self) -> Tensor:
         """(in_features, in_features) float32, symmetric: a new tensor at each call."""
-        upper = self.upper.triu() / max(self.tokens, 1e-30)
-        return upper + upper.triu(1).T
+        result = (self.upper / max(self.tokens, 1e-30)).triu_()
+        result += result.triu(1).T
+        return result
 
 
 def mixed(own: Statistic, pool: Statistic, trusted_tokens: float) -> Statistic:

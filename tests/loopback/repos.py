@@ -1,0 +1,139 @@
+"""Answers about accounts and repositories, and their files to read.
+
+The client's side of each: `huggingface_hub.HfApi` (whoami, create_repo, auth_check, repo_info, list_repo_tree) and
+`hf_hub_download`, which sends a HEAD to `resolve/` and expects the commit and the ETag in its headers.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import parse_qs
+
+from tests.loopback.store import Entry, Refused
+from tests.loopback.wire import BRANCH, FILE, REPO, Exchange, route
+
+__all__ = ["ROUTES"]
+
+
+def whoami(x: Exchange) -> None:
+    """The token's owner, role and organisations."""
+    user = x.known_user()
+    orgs = [{"type": "org", "id": org, "name": org, "fullname": org, "roleInOrg": "admin"} for org in user.orgs]
+    auth = {"type": "access_token", "accessToken": {"displayName": "tests", "role": user.role}}
+    x.reply(
+        200, {"type": "user", "id": user.name, "name": user.name, "fullname": user.name, "orgs": orgs, "auth": auth}
+    )
+
+
+def create(x: Exchange) -> None:
+    """A new repository. One that exists is a 409 with its address, which the client takes for success if told so."""
+    user, asked = x.known_user(), x.json()
+    kind, namespace = asked.get("type", "model"), asked.get("organization") or user.name
+    repo_id = f"{namespace}/{asked['name']}"
+    if user.role != "write" or not user.owns(repo_id):
+        raise Refused(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
+    url = f"{x.base}/{'' if kind == 'model' else 'datasets/'}{repo_id}"
+    try:
+        x.store.create(kind, repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
+    except Refused as refused:
+        refused.body["url"] = url
+        raise
+    x.reply(200, {"url": url, "name": repo_id, "id": repo_id})
+
+
+def auth_check(x: Exchange, kind: str, repo_id: str, access: str = "read") -> None:
+    """Whether the token may read the repository, or write to it."""
+    x.repo(kind, repo_id, write=access == "write")
+    x.reply(200, {})
+
+
+def info(x: Exchange, kind: str, repo_id: str, revision: str = "main") -> None:
+    """The commit behind a branch, and the names of the files."""
+    repo = x.repo(kind, repo_id)
+    sha, tree = repo.at(revision)
+    files = [{"rfilename": path} for path in sorted(tree)]
+    x.reply(200, {"id": repo_id, "sha": sha, "private": repo.private, "gated": False, "tags": [], "siblings": files})
+
+
+def tree(x: Exchange, kind: str, repo_id: str, revision: str, path: str = "") -> None:
+    """Files and folders below a folder, all of them if recursive."""
+    _, files = x.repo(kind, repo_id).at(revision)
+    rows, folders, recursive = [], set(), x.query("recursive")
+    for name, entry in sorted(files.items()):
+        parents = [str(parent) for parent in PurePosixPath(name).parents if str(parent) != "."]
+        if path and path not in parents:
+            continue
+        inside = [parent for parent in parents if parent != path and (not path or parent.startswith(f"{path}/"))]
+        folders.update(inside if recursive else inside[-1:])
+        if recursive or not inside:
+            rows.append(_file_row(name, entry))
+    if path and not rows and not folders:
+        raise Refused(404, f'{path} does not exist on "{revision}"', "EntryNotFound")
+    x.reply(200, [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)] + rows)
+
+
+def paths_info(x: Exchange, kind: str, repo_id: str, revision: str) -> None:
+    """Size and hashes of the files that are named in a form; those that do not exist are left out."""
+    _, files = x.repo(kind, repo_id).at(revision)
+    asked = parse_qs(x.body().decode()).get("paths", [])
+    x.reply(200, [_file_row(path, files[path]) for path in asked if path in files])
+
+
+def _file_row(path: str, entry: Entry) -> dict[str, Any]:
+    row: dict[str, Any] = {"type": "file", "path": path, "oid": entry.oid, "size": entry.size}
+    if entry.sha256:
+        row["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": entry.pointer_size}
+    if entry.xet:
+        row["xetHash"] = entry.xet
+    return row
+
+
+def resolve(x: Exchange, repo_id: str, revision: str, path: str, kind: str = "model") -> None:
+    """A file, or with HEAD only what it is. One stored by Xet is announced so, and fetched from there."""
+    sha, files = x.repo(kind, repo_id).at(revision)
+    if path not in files:
+        raise Refused(404, "Entry not found", "EntryNotFound", headers={"X-Repo-Commit": sha})
+    entry = files[path]
+    headers = {"X-Repo-Commit": sha, "ETag": f'"{entry.etag}"', "Accept-Ranges": "bytes"}
+    if entry.sha256:
+        headers |= {"X-Linked-Size": str(entry.size), "X-Linked-ETag": f'"{entry.sha256}"'}
+    if entry.xet:
+        token = f"{x.base}/api/{kind}s/{repo_id}/xet-read-token/{sha}"
+        headers |= {"X-Xet-Hash": entry.xet, "Link": f'<{token}>; rel="xet-auth"'}
+    if x.command == "HEAD":
+        x.reply(200, b"", {**headers, "Content-Length": str(entry.size)})
+    else:
+        _send(x, _content(x, entry), headers)
+
+
+def _content(x: Exchange, entry: Entry) -> bytes:
+    if entry.content is not None:
+        return entry.content
+    if entry.sha256 not in x.store.objects:
+        raise Refused(501, "this Hub sends a file that came by Xet by Xet only")
+    return x.store.objects[entry.sha256]
+
+
+def _send(x: Exchange, data: bytes, headers: dict[str, str]) -> None:
+    span = x.span()
+    if span is None:
+        x.reply(200, data, headers)
+        return
+    start, last = span
+    if start >= len(data):
+        raise Refused(416, "range", headers={"Content-Range": f"bytes */{len(data)}"})
+    piece = data[start : None if last is None else last + 1]
+    x.reply(206, piece, {**headers, "Content-Range": f"bytes {start}-{start + len(piece) - 1}/{len(data)}"})
+
+
+ROUTES = [
+    route("GET", r"/api/whoami-v2", whoami),
+    route("POST", r"/api/repos/create", create),
+    route("GET", REPO + r"/auth-check(?:/(?P<access>write))?", auth_check),
+    route("GET HEAD", REPO + r"/revision" + BRANCH, info),
+    route("GET", REPO + r"/tree" + BRANCH + r"(?:/(?P<path>.*))?", tree),
+    route("POST", REPO + r"/paths-info" + BRANCH, paths_info),
+    route("GET HEAD", REPO, info),
+    route("GET HEAD", FILE + r"/resolve" + BRANCH + r"/(?P<path>.+)", resolve),
+]
