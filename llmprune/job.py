@@ -166,7 +166,7 @@ class _Run:
             loaded = self._load()
             self._settle(loaded)
             target = self._target(loaded)
-            self.notes += check_generation_config(loaded.model)
+            self.notes += [*loaded.notes, *check_generation_config(loaded.model)]
         with self._stage("read texts"):
             windows, corpora = self._windows(loaded), self._evaluation_texts(loaded)
         with self._stage("survey"):

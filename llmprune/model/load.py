@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -35,7 +35,12 @@ DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 """What every failed request raises, a refused connection included (httpx's own class, under whatever name)."""
 
-SIDE_FILES = ["*.py", "LICENSE*", "NOTICE*", "USE_POLICY*", "*processor_config.json", "*.safetensors.index.json"]
+SIDE_FILES = [
+    *("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*processor_config.json", "tokenizer.model"),
+    "*.safetensors.index.json",
+    "config.json",  # is always there: the client warns where nothing matches
+]
+"""What `llmprune.checkpoint.carry` looks for beside the files that transformers has fetched."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Loaded:
     name : as it was asked for; base_name : the last part of it, for naming the result
     revision : commit id on the Hub, or None
     directory : the local files of the source (a snapshot of the Hub, or the directory itself), None for a GGUF file
+    notes : what a person should know about it
     """
 
     model: Any
@@ -53,6 +59,7 @@ class Loaded:
     base_name: str
     revision: str | None
     directory: Path | None
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -83,16 +90,19 @@ def load(
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
         what = "is a file, not a directory or .gguf file" if path.exists() else "does not exist"
         raise UserError(f"--model is a hub id, a directory or a .gguf file; {name} {what}.")
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _told_clearly(name), quiet_transformers():
-        config = AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, revision=revision, **options)
+        directory = path if path.is_dir() else _snapshot(name, revision)
+        commit = None if path.is_dir() else directory.name
+        # A branch may move on while this runs: all the rest comes from the commit that the configuration came from.
+        options |= {"revision": commit}
         extra = _dequantization(config, name)
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **options, **extra)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    commit = None if path.is_dir() else getattr(config, "_commit_hash", None)
-    directory = path if path.is_dir() else _snapshot(name, commit)
-    base = path.resolve().name if path.is_dir() else name.rpartition("/")[2]
-    return Loaded(_ready(model), tokenizer, name, base, commit, directory)
+        notes = _fetch_side_files(name, commit) if commit else ()
+    base = name.rpartition("/")[2] if commit else path.resolve().name
+    return Loaded(_ready(model), tokenizer, name, base, commit, directory, notes)
 
 
 def _load_gguf(path: Path, name: str, dtype: str) -> Loaded:
@@ -146,12 +156,22 @@ def _demo_path() -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def _snapshot(name: str, commit: str | None) -> Path | None:
-    """The local snapshot of a hub model, with its licence and code files."""
+def _snapshot(name: str, revision: str | None) -> Path:
+    """Where the cache keeps the commit that `revision` led to when the configuration was fetched.
+
+    The folder is named after the commit: that is part of the cache's contract. (transformers says which commit it
+    loaded in private attributes only, and not in all releases.)
+    """
+    return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=True)).parent
+
+
+def _fetch_side_files(name: str, commit: str) -> tuple[str, ...]:
+    """Bring licences and code files into the snapshot; a note where the Hub could not be asked for them."""
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=SIDE_FILES))
-    except (HTTPError, OSError, ValueError):  # offline: what is in the cache must do
-        return Path(snapshot_download(name, revision=commit, allow_patterns=SIDE_FILES, local_files_only=True))
+        snapshot_download(name, revision=commit, allow_patterns=SIDE_FILES)
+    except (HTTPError, OSError) as error:
+        return (f"{name}'s licence and code files that were not in the cache are missing here ({_first_line(error)})",)
+    return ()
 
 
 @contextmanager
