@@ -229,7 +229,9 @@ def _verify(directory: Path, no_reload: bool, trust_remote_code: bool, as_json: 
 
 def _prune(options: dict[str, Any]) -> None:
     from llmprune.display import observer_for, show_result
+    from llmprune.machine import keep_memory_together
 
+    keep_memory_together()
     quiet, as_json, no_eval = (options.pop(name) for name in ("quiet", "as_json", "no_eval"))
     with observer_for(quiet=quiet) as observer:
         result = _run(options, no_eval=no_eval, observer=observer)

@@ -5,16 +5,29 @@ Nothing here is imported by merely importing llmprune; torch.cuda is asked only 
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from llmprune.errors import UserError
 
-__all__ = ["compute_dtype", "device_named", "free_bytes", "peak_memory", "placed"]
+__all__ = [
+    "compute_dtype",
+    "device_named",
+    "free_bytes",
+    "give_back_memory",
+    "keep_memory_together",
+    "peak_memory",
+    "placed",
+]
+
+_M_ARENA_MAX = -8  # malloc.h
 
 ROOM_TO_SPARE = 0.8
 """A model is moved to a device whole only if it takes less than this share of the free memory there."""
@@ -76,6 +89,26 @@ def _peak_of_process() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keep_memory_together() -> None:
+    """Ask the C library for a single heap; for the start of a process of our own, before threads have theirs.
+
+    glibc gives every thread its own heap, and what is free in one cannot be used in another. Pruning SmolLM2-135M held
+    300 MB more that way. Elsewhere than on glibc nothing happens.
+    """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def give_back_memory() -> None:
+    """Return what is free on the heap to the system, which glibc does not do by itself."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 
 
 @contextmanager

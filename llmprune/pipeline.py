@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmprune.config import PruneConfig
 from llmprune.errors import LlmpruneError, NumericError, UserError
-from llmprune.machine import compute_dtype, free_bytes
+from llmprune.machine import compute_dtype, free_bytes, give_back_memory
 from llmprune.methods import Method
 from llmprune.model.structure import (
     Decoder,
@@ -111,6 +111,7 @@ def prune_layers(
                             watcher.pruned(row)
             recording.calls[index] = []
             hidden = walk.outputs
+            give_back_memory()
             watcher.layer_done(index)
     return result
 
@@ -133,6 +134,7 @@ def _prune_group(group: Group, method: Method, pattern: Pattern, place: _Place) 
     if not torch.isfinite(stacked).all():
         raise NumericError(f"{group.keys[0]} holds NaN or inf before pruning: the checkpoint itself is damaged.")
     solution = method.prune(stacked, group.statistic, pattern, rows)
+    group.statistic = None  # a Hessian may be as large as all that follows
     seconds = time.perf_counter() - start
     for key, weight, new in zip(group.keys, group.weights, solution.weight.split(rows), strict=True):
         rounded = _rounded(new, place.stored[key.parameter])

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from llmprune.errors import HubError, UserError
@@ -45,7 +45,12 @@ def check_access(repo_id: str | None, default_name: str, token: str | None = Non
     name = repo_id or default_name
     _check_name(name)
     with _translated("The Hub does not let you push", "run `hf auth login` with a token that may write", token):
-        me = api.whoami()
+        try:
+            me = api.whoami()
+        except LocalTokenNotFoundError:
+            raise HubError(
+                "Pushing needs a Hub token that may write, and there is none: run `hf auth login` or set HF_TOKEN."
+            ) from None
     full = name if "/" in name else f"{me['name']}/{name}"
     namespaces = [me["name"], *(org["name"] for org in me.get("orgs", ()))]
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -72,10 +77,10 @@ def push(directory: Path, repo_id: str, *, private: bool, token: str | None = No
     HubError
         if the Hub refuses or breaks off. The directory is untouched.
     """
-    again = shlex.join(["hf", "upload", repo_id, str(directory), "."])
+    again = shlex.join(["hf", "upload", repo_id, str(directory), ".", *(["--private"] if private else [])])
     for pattern in _OLD_WEIGHTS:
         again += f" --delete {shlex.quote(pattern)}"
-    cure = f"the model is safe in {directory}; send it again with: {again}"
+    cure = f"the model is safe in {directory}; send it again with `{again}`"
     api = HfApi(token=token)
     with _translated(f"The push to {repo_id} failed", cure, token):
         address = api.create_repo(repo_id, private=private, exist_ok=True)

@@ -99,10 +99,9 @@ def inverse_factor(hessian: Tensor, dampening_frac: float) -> tuple[Tensor, tupl
     -------
     U (in_features, in_features), and notes.
     """
-    scale = hessian.diagonal().mean().item()
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    scale, ones = hessian.diagonal().mean().item(), torch.ones_like(hessian.diagonal())
     if scale == 0:
-        return identity, ("all inputs are zero: pruned by magnitude",)
+        return ones.diag(), ("all inputs are zero: pruned by magnitude",)
     added = 0.0
     for fraction in (dampening_frac, *(step for step in (0.01, 0.1, 1.0) if step > dampening_frac)):
         hessian.diagonal().add_(fraction * scale - added)
@@ -110,7 +109,10 @@ def inverse_factor(hessian: Tensor, dampening_frac: float) -> tuple[Tensor, tupl
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed and torch.isfinite(lower.diagonal()).all():
             notes = () if fraction == dampening_frac else (f"damping raised from {dampening_frac:g} to {fraction:g}",)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), notes
+            del hessian  # these matrices are the largest things in memory: hold no more of them than needed
+            root = lower.flip(0, 1)
+            del lower
+            return torch.linalg.solve_triangular(root, ones.diag(), upper=True), notes
     raise NumericError(
         "the Hessian is not positive definite, even with its mean diagonal added to the diagonal. "
         "Use more calibration text (--num-samples) or --method wanda."

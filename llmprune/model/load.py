@@ -12,10 +12,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -38,7 +39,6 @@ HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 SIDE_FILES = [
     *("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*processor_config.json", "tokenizer.model"),
     "*.safetensors.index.json",
-    "config.json",  # is always there: the client warns where nothing matches
 ]
 """What `llmprune.checkpoint.carry` looks for beside the files that transformers has fetched."""
 
@@ -85,6 +85,8 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
     path = _demo_path() if name == "demo" and not Path(name).exists() else Path(name)
+    if revision is not None and path.exists():
+        raise UserError(f"--revision is for models of the Hub; {name} is on this machine, so leave it out.")
     if path.suffix == ".gguf":
         return _load_gguf(path, name, dtype)
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
@@ -102,7 +104,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         notes = _fetch_side_files(name, commit) if commit else ()
     base = name.rpartition("/")[2] if commit else path.resolve().name
-    return Loaded(_ready(model), tokenizer, name, base, commit, directory, notes)
+    return Loaded(_ready(model, dequantized=bool(extra)), tokenizer, name, base, commit, directory, notes)
 
 
 def _load_gguf(path: Path, name: str, dtype: str) -> Loaded:
@@ -113,13 +115,13 @@ def _load_gguf(path: Path, name: str, dtype: str) -> Loaded:
         kind = None if dtype == "auto" else dtype
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=kind)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return Loaded(_ready(model), tokenizer, name, path.stem, None, None)
+    return Loaded(_ready(model, dequantized=True), tokenizer, name, path.stem, None, None)
 
 
-def _ready(model: Any) -> Any:
+def _ready(model: Any, *, dequantized: bool) -> Any:
     """Plain weights in eval mode, with nothing left of a quantization: its quantizer would refuse to save them, and its
     weight conversions, turned around, would give them the packed names again."""
-    if getattr(model, "hf_quantizer", None) is not None:
+    if dequantized:
         model._weight_conversions = None  # transformers then takes those of the architecture
     for owner, leftover in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(owner, leftover):
@@ -166,11 +168,17 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
 
 def _fetch_side_files(name: str, commit: str) -> tuple[str, ...]:
-    """Bring licences and code files into the snapshot; a note where the Hub could not be asked for them."""
+    """Bring licences and code files into the snapshot; a note where the Hub could not be asked for them.
+
+    Not by `snapshot_download`: out of reach of the Hub it is content with what the cache holds, and does not say so.
+    """
     try:
-        snapshot_download(name, revision=commit, allow_patterns=SIDE_FILES)
+        for file in HfApi().list_repo_files(name, revision=commit):
+            if any(fnmatch(file, pattern) for pattern in SIDE_FILES):
+                hf_hub_download(name, file, revision=commit)
     except (HTTPError, OSError) as error:
-        return (f"{name}'s licence and code files that were not in the cache are missing here ({_first_line(error)})",)
+        found = "only those of its licence and code files that were in the cache came along"
+        return (f"{name}: {found}, because the Hub could not be asked ({_first_line(error)})",)
     return ()
 
 
@@ -187,7 +195,10 @@ def _told_clearly(name: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             cure = "It brings its own Python code: read it, then add --trust-remote-code to run it."
         elif isinstance(error, OSError):
-            cure = "Give a hub id (openai-community/gpt2), a directory made by save_pretrained, or a .gguf file."
+            cure = (
+                "Give a hub id (openai-community/gpt2; for a private or gated model, run `hf auth login` first), a "
+                "directory made by save_pretrained, or a .gguf file."
+            )
         else:
             cure = "llmprune loads what transformers' AutoModelForCausalLM loads."
         raise UserError(f"--model {name} cannot be loaded: {_first_line(error)} {cure}") from error

@@ -146,9 +146,9 @@ class LayerWalk:
                     self._advance(batch)
             yield from self._solve_postponed()
             self._rerun()
+            self.outputs = [self._results[batch] for batch in range(len(self.hidden))]
         finally:
             self._end_all()
-        self.outputs = [self._results[batch] for batch in range(len(self.hidden))]
 
     # Groups -----------------------------------------------------------------------------------------------------------
 
@@ -303,8 +303,9 @@ class LayerWalk:
     def _end_all(self) -> None:
         for run in [*self._live.values(), *([self._current] if self._current else [])]:
             self._end(run)
-        self._live.clear()
         self._current = None
+        for held in (self._live, self._results, self._tallies, self._pools, self.hidden):
+            held.clear()  # this object and its `products` refer to each other, so it may outlive its use for a while
 
     def _end(self, run: _Run) -> None:
         if not run.coroutine.dead:

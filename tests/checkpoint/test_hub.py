@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
 from llmprune.checkpoint.hub import check_access, push
 from llmprune.errors import HubError, UserError
@@ -121,11 +121,24 @@ def test_every_failure_says_where_the_model_is_and_how_to_go_on(hub: Hub, tmp_pa
         push(tmp_path, "ada/m", private=False, token=TOKEN)
     text = str(caught.value)
     assert text.startswith("The push to ada/m failed: ")
-    assert f"the model is safe in {tmp_path}; send it again with: hf upload ada/m {tmp_path} ." in text
+    assert f"the model is safe in {tmp_path}; send it again with `hf upload ada/m {tmp_path} ." in text
     assert TOKEN not in text
     assert OTHER not in text
     assert "\n" not in text
     assert kind != "lfs" or "500 from the store" in text
+
+
+def test_a_private_push_is_sent_again_as_a_private_one(hub: Hub, tmp_path: Path) -> None:
+    hub.answers["create_repo"] = ERRORS["http"]
+    with pytest.raises(HubError, match=r"hf upload ada/m \S+ \. --private --delete"):
+        push(tmp_path, "ada/m", private=True)
+
+
+def test_no_token(hub: Hub) -> None:
+    hub.answers["whoami"] = LocalTokenNotFoundError("Token is required, and much more")
+    with pytest.raises(HubError, match="there is none: run `hf auth login` or set HF_TOKEN") as caught:
+        check_access(None, "m")
+    assert "much more" not in str(caught.value)
 
 
 def test_no_valid_token(hub: Hub) -> None:

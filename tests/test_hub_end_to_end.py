@@ -1,0 +1,250 @@
+"""From a hub id to a pushed model and back, with the real clients, each in a process of its own.
+
+The Hub is tests/loopback. It serves a tiny GPT-2 under the name of the real one, and few lines of text under the names
+of C4 and WikiText-2, so that the README's first line takes the path that it takes for a user.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmprune.checkpoint.verify import verify
+from tests.builders import tiny_model, tiny_tokenizer
+from tests.loopback.hub import READ_TOKEN, WRITE_TOKEN, WRONG_TOKEN, LoopbackHub, hub
+from tests.loopback.store import git_oid
+
+pytestmark = pytest.mark.slow
+
+FIRST_LINE = "llmprune --model gpt2 --sparsity 2:4"
+SMALL = ["--num-samples", "4", "--seq-len", "32", "--eval-tokens", "256"]
+BASE, DEFAULT = "openai-community/gpt2", "alice/gpt2-sparsegpt-2of4"
+LICENSE = b"Do what you like.\n"
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A working directory, and a way to run commands there with the Hub in reach."""
+
+    hub: LoopbackHub
+    folder: Path
+
+    def run(self, *command: str, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
+        """Run a command; `settings` go into its environment. No token may ever be seen in what it prints."""
+        scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        env = {**self.hub.env, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PATH": scripts, **settings}
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert not any(token in done.stdout + done.stderr for token in (WRITE_TOKEN, READ_TOKEN, WRONG_TOKEN))
+        return done
+
+    def llmprune(self, *arguments: str, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line."""
+        return self.run(sys.executable, "-m", "llmprune", *arguments, code=code, **settings)
+
+    def report(self, directory: str) -> dict[str, Any]:
+        """The report of a saved checkpoint."""
+        content: dict[str, Any] = json.loads((self.folder / directory / "llmprune_report.json").read_text())
+        return content
+
+
+def parquet(texts: list[str]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), file)
+    return file.getvalue()
+
+
+def seed(server: LoopbackHub, folder: Path) -> None:
+    """A base model with a second branch, whose weights have the other sign, and the two default data sets."""
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "LICENSE").write_bytes(LICENSE)
+    model = tiny_model("gpt2")
+    model.save_pretrained(folder)
+    server.add(BASE, folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.neg_()
+    model.save_pretrained(folder)
+    server.add(BASE, folder, branch="negative")
+    words = ["the", "cat", "sat", "on", "a", "mat", "while", "a", "dog", "ran", "after", "balls"]
+    texts = [" ".join(words[(7 * row + word) % len(words)] for word in range(30)) for row in range(60)]
+    lines = "".join(json.dumps({"text": text, "url": "u", "timestamp": "t"}) + "\n" for text in texts)
+    c4 = {"en/c4-train.00000-of-01024.json.gz": gzip.compress(lines.encode())}
+    server.add("allenai/c4", c4, kind="dataset")
+    splits = ("train", "validation", "test")
+    wikitext = {f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet": parquet(texts) for split in splits}
+    server.add("Salesforce/wikitext", wikitext, kind="dataset")
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "desk").mkdir()
+    with hub(folder) as server:
+        seed(server, folder / "base")
+        yield Desk(server, folder / "desk")
+
+
+@pytest.fixture(scope="module")
+def pushed(desk: Desk) -> subprocess.CompletedProcess[str]:
+    """The README's first line with nothing added but sizes and the push."""
+    return desk.llmprune(*shlex.split(FIRST_LINE)[1:], *SMALL, "--push-to-hub")
+
+
+def paths(server: LoopbackHub, since: int = 0) -> list[str]:
+    return [request.path for request in server.requests[since:]]
+
+
+def assert_same_files(server: LoopbackHub, repo_id: str, directory: Path, *, others: set[str]) -> None:
+    """The repository holds what the directory holds, byte for byte, and `others`."""
+    _, tree = server.repo(repo_id).at("main")
+    local = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert set(tree) == {*local, *others, ".gitattributes"}
+    for name, content in local.items():
+        own = hashlib.sha256(content).hexdigest() if tree[name].sha256 else git_oid(content)
+        assert tree[name].etag == own, name
+
+
+def the_error(done: subprocess.CompletedProcess[str]) -> str:
+    """What a quiet run says when it fails: one line, and nothing else anywhere."""
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def test_the_first_line_of_the_readme(desk: Desk, pushed: subprocess.CompletedProcess[str], repository: Path) -> None:
+    assert f"    {FIRST_LINE}\n" in (repository / "README.md").read_text(encoding="utf-8")
+    for expected in ("perplexity", "wikitext2 test", "50.00% of the pruned weights", "verified", DEFAULT):
+        assert expected in pushed.stdout
+    assert "it/s" not in pushed.stderr  # no bars of the clients among our own lines
+    saved = desk.folder / "gpt2-sparsegpt-2of4"
+    assert_same_files(desk.hub, DEFAULT, saved, others=set())
+    assert len(desk.hub.repo(DEFAULT).commits) == 2  # the Hub's first one and ours: readers see all or nothing
+    assert not desk.hub.repo(DEFAULT).private
+    assert "/_cas/v2/shards" in paths(desk.hub)
+    assert (saved / "LICENSE").read_bytes() == LICENSE
+    assert not any(WRITE_TOKEN.encode() in path.read_bytes() for path in saved.iterdir())
+
+
+def test_the_report_names_the_commits_that_were_read(desk: Desk, pushed: subprocess.CompletedProcess[str]) -> None:
+    source = desk.report("gpt2-sparsegpt-2of4")["source"]
+    assert source["revision"] == desk.hub.repo(BASE).refs["main"]
+    assert source["calibration"]["repo"] == "allenai/c4"
+    assert source["calibration"]["revision"] == desk.hub.store.repos["dataset", "allenai/c4"].refs["main"]
+    weights = [path for path in paths(desk.hub) if path.endswith("/model.safetensors") and "/resolve/" in path]
+    assert weights
+    assert all(source["revision"] in path for path in weights)
+
+
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+pushed, saved = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in sys.argv[1:])
+assert pushed.keys() == saved.keys()
+assert all(torch.equal(pushed[name], saved[name]) and pushed[name].dtype == saved[name].dtype for name in saved)
+assert AutoTokenizer.from_pretrained(sys.argv[1])("a cat")["input_ids"] == [4, 30 + 10, 6, 4, 23]
+print(sum(int((tensor == 0).sum()) for tensor in pushed.values()))
+"""
+
+
+def test_the_pushed_model_loads_by_its_id_bit_for_bit(
+    desk: Desk, pushed: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    done = desk.run(sys.executable, "-c", LOAD, DEFAULT, "gpt2-sparsegpt-2of4", HF_HOME=str(tmp_path))
+    tensors = load_file(desk.folder / "gpt2-sparsegpt-2of4" / "model.safetensors")
+    assert int(done.stdout) == sum(int((tensor == 0).sum()) for tensor in tensors.values()) > 10_000
+
+
+def test_the_same_line_again_without_a_network(desk: Desk, pushed: subprocess.CompletedProcess[str]) -> None:
+    """All comes from the cache, the commit is known, and what could not be asked is said."""
+    asked = len(desk.hub.requests)
+    arguments = [*shlex.split(FIRST_LINE)[1:], *SMALL, "--output-dir", "offline", "--quiet"]
+    desk.llmprune(*arguments, HF_HUB_OFFLINE="1", HF_TOKEN="")
+    assert paths(desk.hub, asked) == []
+    report = desk.report("offline")
+    assert report["source"] == desk.report("gpt2-sparsegpt-2of4")["source"]
+    assert any("the Hub could not be asked" in note for note in report["notes"])
+    assert (desk.folder / "offline" / "LICENSE").read_bytes() == LICENSE
+
+
+def test_a_branch_pushed_in_shards_over_stale_dense_weights(desk: Desk) -> None:
+    """By LFS. A `model.safetensors` left in the repository would be loaded in place of the shards, without a word."""
+    stale = tiny_model("gpt2")
+    stale.save_pretrained(desk.folder.parent / "stale")
+    desk.hub.add("acme/stale", {"notes.txt": b"stays", "model.safetensors": b"", "pytorch_model.bin": b"\0"})
+    desk.hub.add("acme/stale", desk.folder.parent / "stale")
+    commits, asked = len(desk.hub.repo("acme/stale").commits), len(desk.hub.requests)
+    options = ["--no-eval", "--quiet", "--max-shard-size", "50KB", "--output-dir", "sharded"]
+    branch = ["--model", BASE, "--revision", "negative", *SMALL]
+    desk.llmprune(*branch, *options, "--push-to-hub", "acme/stale", HF_HUB_DISABLE_XET="1")
+    saved = desk.folder / "sharded"
+    assert len(list(saved.glob("model-*.safetensors"))) > 1
+    assert_same_files(desk.hub, "acme/stale", saved, others={"notes.txt"})
+    assert len(desk.hub.repo("acme/stale").commits) == commits + 1
+    sent = paths(desk.hub, asked)
+    assert any(path.endswith("/info/lfs/objects/batch") for path in sent)
+    assert not any(path.startswith("/_cas") for path in sent)
+    assert desk.report("sharded")["source"]["revision"] == desk.hub.repo(BASE).refs["negative"]
+    shards = [load_file(path) for path in saved.glob("model-*.safetensors")]
+    norm = next(shard["transformer.ln_f.weight"] for shard in shards if "transformer.ln_f.weight" in shard)
+    assert (norm == -1).all()
+
+
+def test_a_push_that_is_cut_and_sent_again(desk: Desk) -> None:
+    """Into a private repository. What the error says to run is run as it stands.
+
+    The branch's weights, because Xet sends no chunk that it has sent before.
+    """
+    desk.hub.fault("/_cas/v1/xorbs/", after=1000, times=99)
+    arguments = ["--model", BASE, "--revision", "negative", *SMALL, "--no-eval", "--quiet", "--output-dir", "kept safe"]
+    done = desk.llmprune(*arguments, "--push-to-hub", "acme/secret", "--hub-private-repo", code=2)
+    saved, error = desk.folder / "kept safe", the_error(done)
+    assert error.startswith("Error: The push to acme/secret failed: ")
+    assert f"the model is safe in {saved}; send it again with `hf upload acme/secret " in error
+    assert desk.hub.files("acme/secret") == {".gitattributes"}
+    assert desk.hub.repo("acme/secret").private
+    assert verify(saved, reload=False).ok
+
+    desk.hub.faults.clear()
+    command = error.split("`")[1]
+    desk.run(*shlex.split(command))
+    assert_same_files(desk.hub, "acme/secret", saved, others=set())
+    assert desk.hub.repo("acme/secret").private
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        (WRONG_TOKEN, "The Hub does not let you push: Invalid user token."),
+        (READ_TOKEN, "Your Hub token may only read, so nothing can be pushed: run `hf auth login`"),
+    ],
+    ids=["wrong", "read-only"],
+)
+def test_a_token_that_cannot_push_is_refused_before_the_model_is_loaded(
+    desk: Desk, token: str, expected: str, tmp_path: Path
+) -> None:
+    asked, elsewhere = len(desk.hub.requests), Desk(desk.hub, tmp_path)
+    arguments = [*shlex.split(FIRST_LINE)[1:], *SMALL, "--quiet", "--push-to-hub", "acme/refused"]
+    done = elsewhere.llmprune(*arguments, code=2, HF_TOKEN=token)
+    assert expected in the_error(done)
+    assert set(paths(desk.hub, asked)) <= {"/api/whoami-v2"}
+    assert list(tmp_path.iterdir()) == []
+    assert ("model", "acme/refused") not in desk.hub.store.repos
