@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import click
 
 from llmprune import __version__
-from llmprune.errors import LlmpruneError, UserError
+from llmprune.errors import HubError, LlmpruneError, UserError
 
 __all__ = ["main"]
 
@@ -233,12 +233,21 @@ def _prune(options: dict[str, Any]) -> None:
 
     keep_memory_together()
     quiet, as_json, no_eval = (options.pop(name) for name in ("quiet", "as_json", "no_eval"))
-    with observer_for(quiet=quiet) as observer:
-        result = _run(options, no_eval=no_eval, observer=observer)
-    if as_json:
-        click.echo(json.dumps(result.report.to_json(), indent=2, default=str))
-    elif not quiet:
-        show_result(result)
+
+    def show(result: Any) -> None:
+        if as_json:
+            click.echo(json.dumps(result.report.to_json(), indent=2, default=str))
+        elif not quiet:
+            show_result(result)
+
+    try:
+        with observer_for(quiet=quiet) as observer:
+            result = _run(options, no_eval=no_eval, observer=observer)
+    except HubError as error:  # the work is done and saved: show it before saying what went wrong
+        if error.result is not None:
+            show(error.result)
+        raise
+    show(result)
 
 
 def _run(options: dict[str, Any], *, no_eval: bool, observer: Any) -> Any:
@@ -271,8 +280,10 @@ def main() -> None:
     except LlmpruneError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. Nothing was written; the model on disk is untouched.", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        saved = next(iter((error.__cause__ or error).args), "")  # click wraps the interrupt, job.py says what it left
+        what = f"The pruned model was saved before, in {saved}." if saved else "Nothing was written."
+        click.echo(f"Interrupted. {what}", err=True)
         sys.exit(130)
     except click.exceptions.Exit as leave:
         sys.exit(leave.exit_code)

@@ -14,6 +14,8 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "HubError",
     "LlmpruneError",
@@ -46,7 +48,12 @@ class VerificationError(LlmpruneError):
 
 
 class HubError(LlmpruneError):
-    """A push was refused or broke off. The text says where the saved model is and which command to run again."""
+    """A push was refused or broke off. The text says where the saved model is and which command to run again.
+
+    result : what `llmprune.prune` would have returned, if the job had come so far
+    """
+
+    result: Any = None
 
 
 class WalkError(LlmpruneError, RuntimeError):

@@ -27,7 +27,7 @@ from llmprune.checkpoint.target import check_output, publish
 from llmprune.checkpoint.verify import SAME_LOGITS, Verification, verify
 from llmprune.config import EvaluationConfig, PruneConfig, from_mapping
 from llmprune.data import Corpus, bos_token, calibration_windows, load_corpus
-from llmprune.errors import UserError
+from llmprune.errors import HubError, UserError
 from llmprune.eval.perplexity import Perplexity, default_seq_len, evaluate
 from llmprune.machine import device_named, peak_memory, placed
 from llmprune.model import Loaded, load, quiet_transformers
@@ -181,12 +181,28 @@ class _Run:
         if target is not None:
             with self._stage("save and verify"), quiet_transformers():
                 report = self._save(loaded, report, target)
+        try:
+            return self._finish(loaded, report, corpora, target, repo)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(str(target) if target is not None else "") from None
+
+    def _finish(
+        self, loaded: Loaded, report: Report, corpora: list[Corpus], target: Path | None, repo: str | None
+    ) -> PruneResult:
+        """What comes after the model is safe: the second evaluation and the push."""
         after = self._evaluate("evaluate pruned", loaded, corpora)
         report = replace(report, after=after, seconds=dict(self.seconds), peak_memory_bytes=peak_memory(self.device))
         if target is not None:
             _replace_report(report, target)
-        url = self._push(target, repo)
-        return PruneResult(loaded.model, loaded.tokenizer, report, target, url)
+        result = PruneResult(loaded.model, loaded.tokenizer, report, target)
+        if target is None or repo is None:
+            return result
+        try:
+            with self._stage("push"):
+                return replace(result, url=hub.push(target, repo, private=self.job.hub_private_repo))
+        except HubError as error:
+            error.result = result
+            raise
 
     # Before the work --------------------------------------------------------------------------------------------------
 
@@ -351,12 +367,6 @@ class _Run:
             else:
                 proof.raise_if_failed()
         return report
-
-    def _push(self, target: Path | None, repo: str | None) -> str | None:
-        if target is None or repo is None:
-            return None
-        with self._stage("push"):
-            return hub.push(target, repo, private=self.job.hub_private_repo)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

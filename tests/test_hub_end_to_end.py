@@ -26,6 +26,8 @@ import torch
 from safetensors.torch import load_file
 
 from llmprune.checkpoint.verify import verify
+from llmprune.errors import UserError
+from llmprune.model import load
 from tests.builders import tiny_model, tiny_tokenizer
 from tests.loopback.hub import READ_TOKEN, WRITE_TOKEN, WRONG_TOKEN, LoopbackHub, hub
 from tests.loopback.store import git_oid
@@ -137,7 +139,8 @@ def test_the_first_line_of_the_readme(desk: Desk, pushed: subprocess.CompletedPr
     assert "it/s" not in pushed.stderr  # no bars of the clients among our own lines
     saved = desk.folder / "gpt2-sparsegpt-2of4"
     assert_same_files(desk.hub, DEFAULT, saved, others=set())
-    assert len(desk.hub.repo(DEFAULT).commits) == 2  # the Hub's first one and ours: readers see all or nothing
+    titles = [commit.title for commit in desk.hub.repo(DEFAULT).commits.values()]
+    assert titles == ["initial commit", "Upload a model pruned with llmprune"]  # in one: readers see all or nothing
     assert not desk.hub.repo(DEFAULT).private
     assert "/_cas/v2/shards" in paths(desk.hub)
     assert (saved / "LICENSE").read_bytes() == LICENSE
@@ -248,3 +251,8 @@ def test_a_token_that_cannot_push_is_refused_before_the_model_is_loaded(
     assert set(paths(desk.hub, asked)) <= {"/api/whoami-v2"}
     assert list(tmp_path.iterdir()) == []
     assert ("model", "acme/refused") not in desk.hub.store.repos
+
+
+def test_a_directory_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--revision is for models of the Hub"):
+        load(str(tmp_path), revision="main")

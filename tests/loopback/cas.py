@@ -57,25 +57,25 @@ class Cas:
         """
         at = _HEADER
         while data[at : at + 32] != _END:
-            file = hash_text(data[at : at + 32])
+            file = _hash_text(data[at : at + 32])
             flags, count = struct.unpack_from("<II", data, at + 32)
             at += _ROW
             terms = [self._term(data, at + _ROW * index) for index in range(count)]
             at += _ROW * count * (2 if flags & _HAS_VERIFICATION else 1)
             self.files[file] = terms
             if flags & _HAS_SHA256:
-                self.by_sha256[hash_text(data[at : at + 32])] = file
+                self.by_sha256[_hash_text(data[at : at + 32])] = file
                 at += _ROW
 
     def _term(self, data: bytes, at: int) -> Term:
-        xorb = hash_text(data[at : at + 32])
+        xorb = _hash_text(data[at : at + 32])
         if xorb not in self.xorbs:
             raise UnknownXorb(xorb)
         _, length, start, end = struct.unpack_from("<IIII", data, at + 32)
         return Term(xorb, length, start, end)
 
-    def reconstruction(self, file: str, span: tuple[int, int] | None, data_url: str) -> dict[str, Any] | None:
-        """How to put a file, or its bytes first to last (`span`), together; None where that lies behind its end.
+    def reconstruction(self, file: str, span: tuple[int, int], data_url: str) -> dict[str, Any] | None:
+        """How to put a file's bytes, first to last (`span`), together; None where they lie behind its end.
 
         Raises
         ------
@@ -95,15 +95,13 @@ class Cas:
         return {"offset_into_first_range": skip, "terms": rows, "fetch_info": fetch}
 
 
-def hash_text(raw: bytes) -> str:
+def _hash_text(raw: bytes) -> str:
     """A hash of 32 bytes as Xet writes it."""
     return "".join(f"{word:016x}" for word in struct.unpack("<4Q", raw))
 
 
-def _within(terms: list[Term], span: tuple[int, int] | None) -> tuple[list[Term], int]:
+def _within(terms: list[Term], span: tuple[int, int]) -> tuple[list[Term], int]:
     """The terms that hold the bytes of `span`, and how many bytes of the first lie before it."""
-    if span is None:
-        return terms, 0
     kept: list[Term] = []
     skip, at = 0, 0
     for term in terms:

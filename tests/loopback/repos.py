@@ -6,9 +6,7 @@ The client's side of each: `huggingface_hub.HfApi` (whoami, create_repo, auth_ch
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs
 
 from tests.loopback.store import Entry, Refused
 from tests.loopback.wire import BRANCH, FILE, REPO, Exchange, route
@@ -42,14 +40,14 @@ def create(x: Exchange) -> None:
     x.reply(200, {"url": url, "name": repo_id, "id": repo_id})
 
 
-def auth_check(x: Exchange, kind: str, repo_id: str, access: str = "read") -> None:
-    """Whether the token may read the repository, or write to it."""
-    x.repo(kind, repo_id, write=access == "write")
+def auth_check(x: Exchange, kind: str, repo_id: str) -> None:
+    """Whether the token may write to the repository."""
+    x.repo(kind, repo_id, write=True)
     x.reply(200, {})
 
 
 def info(x: Exchange, kind: str, repo_id: str, revision: str = "main") -> None:
-    """The commit behind a branch, and the names of the files."""
+    """The commit behind a branch, and the names of its files."""
     repo = x.repo(kind, repo_id)
     sha, tree = repo.at(revision)
     files = [{"rfilename": path} for path in sorted(tree)]
@@ -57,27 +55,13 @@ def info(x: Exchange, kind: str, repo_id: str, revision: str = "main") -> None:
 
 
 def tree(x: Exchange, kind: str, repo_id: str, revision: str, path: str = "") -> None:
-    """Files and folders below a folder, all of them if recursive."""
+    """Files in a folder, and with `recursive` those in the folders below; the folders themselves are left out."""
     _, files = x.repo(kind, repo_id).at(revision)
-    rows, folders, recursive = [], set(), x.query("recursive")
-    for name, entry in sorted(files.items()):
-        parents = [str(parent) for parent in PurePosixPath(name).parents if str(parent) != "."]
-        if path and path not in parents:
-            continue
-        inside = [parent for parent in parents if parent != path and (not path or parent.startswith(f"{path}/"))]
-        folders.update(inside if recursive else inside[-1:])
-        if recursive or not inside:
-            rows.append(_file_row(name, entry))
-    if path and not rows and not folders:
+    folder, deep = f"{path}/" if path else "", x.query("recursive")
+    names = [name for name in sorted(files) if name.startswith(folder) and (deep or "/" not in name[len(folder) :])]
+    if path and not names:
         raise Refused(404, f'{path} does not exist on "{revision}"', "EntryNotFound")
-    x.reply(200, [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)] + rows)
-
-
-def paths_info(x: Exchange, kind: str, repo_id: str, revision: str) -> None:
-    """Size and hashes of the files that are named in a form; those that do not exist are left out."""
-    _, files = x.repo(kind, repo_id).at(revision)
-    asked = parse_qs(x.body().decode()).get("paths", [])
-    x.reply(200, [_file_row(path, files[path]) for path in asked if path in files])
+    x.reply(200, [_file_row(name, files[name]) for name in names])
 
 
 def _file_row(path: str, entry: Entry) -> dict[str, Any]:
@@ -95,7 +79,7 @@ def resolve(x: Exchange, repo_id: str, revision: str, path: str, kind: str = "mo
     if path not in files:
         raise Refused(404, "Entry not found", "EntryNotFound", headers={"X-Repo-Commit": sha})
     entry = files[path]
-    headers = {"X-Repo-Commit": sha, "ETag": f'"{entry.etag}"', "Accept-Ranges": "bytes"}
+    headers = {"X-Repo-Commit": sha, "ETag": f'"{entry.etag}"'}
     if entry.sha256:
         headers |= {"X-Linked-Size": str(entry.size), "X-Linked-ETag": f'"{entry.sha256}"'}
     if entry.xet:
@@ -104,7 +88,7 @@ def resolve(x: Exchange, repo_id: str, revision: str, path: str, kind: str = "mo
     if x.command == "HEAD":
         x.reply(200, b"", {**headers, "Content-Length": str(entry.size)})
     else:
-        _send(x, _content(x, entry), headers)
+        x.reply(200, _content(x, entry), headers)
 
 
 def _content(x: Exchange, entry: Entry) -> bytes:
@@ -115,25 +99,12 @@ def _content(x: Exchange, entry: Entry) -> bytes:
     return x.store.objects[entry.sha256]
 
 
-def _send(x: Exchange, data: bytes, headers: dict[str, str]) -> None:
-    span = x.span()
-    if span is None:
-        x.reply(200, data, headers)
-        return
-    start, last = span
-    if start >= len(data):
-        raise Refused(416, "range", headers={"Content-Range": f"bytes */{len(data)}"})
-    piece = data[start : None if last is None else last + 1]
-    x.reply(206, piece, {**headers, "Content-Range": f"bytes {start}-{start + len(piece) - 1}/{len(data)}"})
-
-
 ROUTES = [
     route("GET", r"/api/whoami-v2", whoami),
     route("POST", r"/api/repos/create", create),
-    route("GET", REPO + r"/auth-check(?:/(?P<access>write))?", auth_check),
+    route("GET", REPO + r"/auth-check/write", auth_check),
     route("GET HEAD", REPO + r"/revision" + BRANCH, info),
     route("GET", REPO + r"/tree" + BRANCH + r"(?:/(?P<path>.*))?", tree),
-    route("POST", REPO + r"/paths-info" + BRANCH, paths_info),
     route("GET HEAD", REPO, info),
     route("GET HEAD", FILE + r"/resolve" + BRANCH + r"/(?P<path>.+)", resolve),
 ]

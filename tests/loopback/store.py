@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 
 from tests.loopback.cas import Cas
 
-__all__ = ["Commit", "Entry", "Refused", "Repo", "Store", "User"]
+__all__ = ["Commit", "Entry", "Refused", "Repo", "Store", "User", "git_oid", "is_large", "small"]
 
 LFS_SUFFIXES = {".safetensors", ".bin", ".gguf", ".parquet", ".gz", ".model"}
 LFS_LIMIT = 10 * 1024 * 1024  # bytes; everything larger goes as LFS, whatever its name
@@ -72,14 +72,14 @@ class Commit:
 
 @dataclass
 class Repo:
-    """One repository. `lock` is held from reading a branch's head to writing the next one."""
+    """One repository. `lock` is held from reading a branch's head to writing the next one: requests run in threads."""
 
     kind: str
     id: str
     private: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def at(self, revision: str) -> tuple[str, Mapping[str, Entry]]:
         """(commit id, tree) of a branch or commit."""
@@ -91,15 +91,12 @@ class Repo:
     def commit(
         self, changes: Mapping[str, Entry], title: str, *, branch: str = "main", deleted: Sequence[str] = ()
     ) -> str:
-        """Put a commit on top of a branch, begun from nothing if it is new. A deleted "x/" is a folder."""
+        """Put a commit on top of a branch, begun from nothing if it is new, and return its id."""
         with self.lock:
             tree = dict(self.commits[self.refs[branch]].tree) if branch in self.refs else {}
-            for gone in deleted:
-                paths = [path for path in tree if path == gone or (gone.endswith("/") and path.startswith(gone))]
-                if not paths:
+            for path in deleted:
+                if tree.pop(path, None) is None:
                     raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
-                for path in paths:
-                    del tree[path]
             sha = os.urandom(20).hex()
             self.commits[sha] = Commit({**tree, **changes}, title)
             self.refs[branch] = sha

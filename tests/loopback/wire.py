@@ -121,23 +121,11 @@ class Exchange(BaseHTTPRequestHandler):
     def _length(self) -> int:
         return int(self.headers.get("Content-Length") or 0)
 
-    @property
-    def _chunked(self) -> bool:
-        return str(self.headers.get("Transfer-Encoding", "")).lower() == "chunked"
-
     def body(self) -> bytes:
         """The request's body, read once."""
         if self._body is None:
-            self._body = b"".join(self._pieces()) if self._chunked else self.rfile.read(self._length)
+            self._body = self.rfile.read(self._length)
         return self._body
-
-    def _pieces(self) -> list[bytes]:
-        pieces = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            pieces.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return pieces
 
     def json(self) -> Any:
         """The request's body as JSON."""
@@ -147,14 +135,16 @@ class Exchange(BaseHTTPRequestHandler):
         """Whether the address says name=true."""
         return parse_qs(self.url.query).get(name, [""])[0].lower() in ("true", "1")
 
-    def span(self) -> tuple[int, int | None] | None:
-        """First and last byte that a `Range` header asks for; the last may be open."""
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        return (int(match[1]), int(match[2]) if match[2] else None) if match else None
+    def span(self) -> tuple[int, int]:
+        """First and last byte that the `Range` header asks for."""
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if match is None:
+            raise Refused(400, "this Hub gives Xet data by closed ranges only")
+        return int(match[1]), int(match[2])
 
     def reply(self, status: int, content: Any = b"", headers: Mapping[str, str] | None = None) -> None:
         """Send an answer: bytes as they are, all else as JSON."""
-        if self._body is None and (self._length or self._chunked):
+        if self._body is None and self._length:
             self.close_connection = True  # an unread body would be taken for the connection's next request
         plain = isinstance(content, bytes)
         data = content if plain else json.dumps(content).encode()

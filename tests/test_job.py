@@ -1,0 +1,119 @@
+"""The whole job from Python: what it takes, what it refuses early, and what is safe when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch import Tensor
+
+import llmprune
+from llmprune.config import EvaluationConfig, PruneConfig
+from llmprune.errors import UserError
+from llmprune.job import Job, Observer, run
+from tests.builders import tiny_model, tiny_tokenizer
+
+ANIMALS, PLACES = ("cat", "dog", "hen", "cow"), ("mat", "roof", "cart", "wall", "hill", "sofa")
+TEXTS = [f"the {animal} sat on the {place} and did not move all day" for animal in ANIMALS for place in PLACES]
+IDS = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+FEW: dict[str, Any] = {"num_samples": 4, "seq_len": 32}
+
+
+def masks(model: Any) -> list[Tensor]:
+    return [
+        parameter == 0 for name, parameter in model.named_parameters() if ".layers." in name and parameter.ndim == 2
+    ]
+
+
+def test_a_model_in_memory_is_pruned_in_place_and_nothing_is_written(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    result = llmprune.prune(model, tokenizer=tiny_tokenizer(), dataset=TEXTS, sparsity=0.5, **FEW)
+    assert result.model is model
+    assert result.directory is None
+    assert result.report.totals["pruned_zeros"] * 2 == result.report.totals["pruned_parameters"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_come_as_list_data_set_or_file_and_give_the_same(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    sources: list[Any] = [TEXTS, datasets.Dataset.from_dict({"text": TEXTS}), str(tmp_path / "texts.jsonl")]
+    models = [tiny_model("llama") for _ in sources]
+    for model, source in zip(models, sources, strict=True):
+        llmprune.prune(model, tokenizer=tiny_tokenizer(), dataset=source, method="wanda", **FEW)
+    for model in models[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(masks(models[0]), masks(model), strict=True))
+
+
+def test_seeds_choose_other_windows() -> None:
+    one, two = tiny_model("llama"), tiny_model("llama")
+    for seed, model in enumerate((one, two)):
+        llmprune.prune(model, tokenizer=tiny_tokenizer(), dataset=TEXTS, method="wanda", seed=seed, **FEW)
+    assert not all(torch.equal(a, b) for a, b in zip(masks(one), masks(two), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"dataset": TEXTS}, "needs its tokenizer"),
+        ({"dataset": IDS, "eval_dataset": ["wikitext2"]}, "needs the model's tokenizer"),
+        ({"dataset": IDS, "sparsty": "2:4"}, "did you mean 'sparsity'"),
+        ({"dataset": IDS, "push_to_hub": ""}, "give output_dir too"),
+        ({"dataset": IDS.float()}, "integer"),
+        ({"dataset": IDS[0]}, "shape"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_changes(settings: dict[str, Any], expected: str) -> None:
+    model = tiny_model("llama")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(UserError, match=expected):
+        llmprune.prune(model, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_model_cast_with_its_buffers_is_saved_with_a_note(tmp_path: Path) -> None:
+    """`model.half()` rounds rotary frequencies too; the files are right, only the model in memory was not."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    report = llmprune.prune(model, dataset=IDS, output_dir=tmp_path / "out").report
+    assert any("buffers must have been cast" in note for note in report.notes)
+    assert llmprune.verify(tmp_path / "out").ok
+
+
+class InterruptedAt(Observer):
+    def __init__(self, stage: str) -> None:
+        self.name = stage
+
+    def stage(self, name: str) -> None:
+        if name == self.name:
+            raise KeyboardInterrupt
+
+
+def interrupted_job(tmp_path: Path, stage: str) -> KeyboardInterrupt:
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS))
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    text = str(tmp_path / "text.txt")
+    job = Job(
+        str(tmp_path / "model"),
+        config=PruneConfig(dataset=text, **FEW),
+        evaluation=EvaluationConfig(eval_dataset=(text,), eval_tokens=64),
+        output_dir=tmp_path / "out",
+    )
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(job, InterruptedAt(stage))
+    return caught.value
+
+
+@pytest.mark.parametrize("stage", ["evaluate dense", "prune", "save and verify"])
+def test_an_interrupt_before_the_end_of_saving_leaves_nothing(tmp_path: Path, stage: str) -> None:
+    assert not interrupted_job(tmp_path, stage).args
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "text.txt"}
+
+
+def test_an_interrupt_after_saving_says_where_the_model_is(tmp_path: Path) -> None:
+    assert interrupted_job(tmp_path, "evaluate pruned").args == (str(tmp_path / "out"),)
+    assert llmprune.verify(tmp_path / "out").ok
