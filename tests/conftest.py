@@ -19,7 +19,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, with the reason in the summary."""
+    """Skip what this machine cannot run, with the reason in the summary; files with slow tests come first.
+
+    Two processes share the files: a slow one at the end would leave one of them idle.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if any(item.get_closest_marker("gpu") for item in items):
         import torch  # only here: most single test files do not need it
 

@@ -105,7 +105,11 @@ def test_the_quickstart_is_the_main_job_on_a_real_model(repository: Path, tmp_pa
     where = ["--output-dir", str(tmp_path / "out"), "--json"]
     command = [str(script), *SIZES["scripts/quickstart"], *where]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "2"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout[done.stdout.index("{") :])  # after what the script says of itself
