@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 
 import llmprune
 from llmprune.config import PruneConfig
+from llmprune.machine import keep_memory_together
 from llmprune.model import load
 from llmprune.pipeline import prune_layers
 
 
 def main(job_file: str) -> None:
     """Load, prune, write what it cost."""
+    keep_memory_together()  # as the command line does
     job = json.loads(Path(job_file).read_text())
     model = load(job["model"]).model
     windows = load_file(job["windows"])["input_ids"]
