@@ -92,6 +92,7 @@ def prune_layers(
     with _walkable(model):
         recording = _record(model, decoder, batches, device)
         hidden = recording.hidden
+        give_back_memory()  # what loading and the survey left
         for index, layer in enumerate(decoder.layers):
             with resident(layer, device, _dtype_on(device, layer)) as stored, _naming(decoder.prefixes[index]):
                 schedule = survey.schedules[index]

@@ -72,7 +72,7 @@ class SparseGPT:
             if no damping up to the mean diagonal makes the Hessian positive definite.
         """
         assert isinstance(statistic, Hessian)
-        factor, notes = inverse_factor(statistic.matrix, self.dampening_frac)
+        factor, notes = inverse_factor(statistic.triangle, self.dampening_frac)
         columns = weight.T.contiguous()
         keep = torch.ones_like(columns, dtype=torch.bool)
         masks = _NMMasks(pattern) if isinstance(pattern, NM) else _BlockMasks(pattern, weight, rows)
@@ -93,7 +93,7 @@ def inverse_factor(hessian: Tensor, dampening_frac: float) -> tuple[Tensor, tupl
 
     Parameters
     ----------
-    hessian : (in_features, in_features) float32, overwritten
+    hessian : (in_features, in_features) float32; only its upper triangle is read
 
     Returns
     -------
@@ -102,17 +102,21 @@ def inverse_factor(hessian: Tensor, dampening_frac: float) -> tuple[Tensor, tupl
     scale, ones = hessian.diagonal().mean().item(), torch.ones_like(hessian.diagonal())
     if scale == 0:
         return ones.diag(), ("all inputs are zero: pruned by magnitude",)
+    # These matrices are the largest things in memory: of each only one is held, and no longer than it is needed.
+    flipped = hessian.flip(0, 1)
+    del hessian
     added = 0.0
     for fraction in (dampening_frac, *(step for step in (0.01, 0.1, 1.0) if step > dampening_frac)):
-        hessian.diagonal().add_(fraction * scale - added)
+        flipped.diagonal().add_(fraction * scale - added)
         added = fraction * scale
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(flipped)
         if not failed and torch.isfinite(lower.diagonal()).all():
+            del flipped
             notes = () if fraction == dampening_frac else (f"damping raised from {dampening_frac:g} to {fraction:g}",)
-            del hessian  # these matrices are the largest things in memory: hold no more of them than needed
             root = lower.flip(0, 1)
             del lower
-            return torch.linalg.solve_triangular(root, ones.diag(), upper=True), notes
+            inverse = ones.diag()
+            return torch.linalg.solve_triangular(root, inverse, upper=True, out=inverse), notes
     raise NumericError(
         "the Hessian is not positive definite, even with its mean diagonal added to the diagonal. "
         "Use more calibration text (--num-samples) or --method wanda."

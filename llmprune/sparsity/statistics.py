@@ -112,9 +112,14 @@ class Hessian:
         return result
 
     @property
+    def triangle(self) -> Tensor:
+        """(in_features, in_features) float32, the matrix from the diagonal upwards, anything below: a new tensor."""
+        return self.upper / max(self.tokens, 1e-30)
+
+    @property
     def matrix(self) -> Tensor:
         """(in_features, in_features) float32, symmetric: a new tensor at each call."""
-        result = (self.upper / max(self.tokens, 1e-30)).triu_()
+        result = self.triangle.triu_()
         result += result.triu(1).T
         return result
 
