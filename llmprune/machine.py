@@ -29,7 +29,7 @@ __all__ = [
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 
-_OWN_PAGES = 1 << 20
+_OWN_PAGES = 1 << 18
 """From this many bytes on, a block gets pages of its own, which go back to the system as soon as it is freed."""
 
 ROOM_TO_SPARE = 0.8
