@@ -145,9 +145,7 @@ output_option, other_option = _grouped("Result"), _grouped("Other")
 @model_option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @pattern_option("--sparsity", default="2:4", help="N:M (N kept of every M), a fraction (0.5) or a percentage (50%).")
 @pattern_option("--effort", help="fast, balanced or best: how much work for how good a result.  [default: balanced]")
-@pattern_option(
-    "--method", help="magnitude, wanda, sparsegpt or alps, as its paper has it, in place of an effort."
-)
+@pattern_option("--method", help="magnitude, wanda, sparsegpt or alps, as its paper has it, in place of an effort.")
 @pattern_option(
     "--permute/--no-permute",
     default=None,
@@ -159,9 +157,7 @@ output_option, other_option = _grouped("Result"), _grouped("Other")
     help="Aim at the outputs that the dense model would give on its own inputs.  [default: by effort]",
 )
 @pattern_option("--refit", type=int, help="Least-squares steps on the method's mask.  [default: by effort]")
-@pattern_option(
-    "--tune", type=int, help="Passes to tune each half of a layer, its masks fixed.  [default: by effort]"
-)
+@pattern_option("--tune", type=int, help="Passes to tune each half of a layer, its masks fixed.  [default: by effort]")
 @pattern_option(
     "--distill",
     type=int,

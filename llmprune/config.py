@@ -19,17 +19,25 @@ from llmprune.sparsity.pattern import Pattern, parse_pattern
 
 __all__ = ["EFFORTS", "EvaluationConfig", "PruneConfig", "from_mapping"]
 
+NO_STEPS: dict[str, Any] = {
+    "permute": False,
+    "dense_targets": False,
+    "refit": 0,
+    "tune": 0,
+    "distill": 0,
+    "dampening_frac": 0.01,
+}
+"""A method as its paper has it."""
+
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "alps", "permute": False, "dense_targets": False, "refit": 0, "tune": 0, "distill": 0, "dampening_frac": 0.03},
-    "balanced": {"method": "alps", "permute": False, "dense_targets": True, "refit": 0, "tune": 0, "distill": 0, "dampening_frac": 0.03},
-    "best": {"method": "alps", "permute": True, "dense_targets": True, "refit": 0, "tune": 0, "distill": 0, "dampening_frac": 0.03},
+    "fast": NO_STEPS | {"method": "wanda", "refit": 3},
+    "balanced": NO_STEPS | {"method": "alps", "dense_targets": True, "dampening_frac": 0.05},
+    "best": NO_STEPS
+    | {"method": "alps", "permute": True, "dense_targets": True, "tune": 4, "distill": 2, "dampening_frac": 0.05},
 }
 """What each effort does; what each costs and brings stands in the README's table."""
 
 DEFAULT_EFFORT = "balanced"
-
-NO_STEPS: dict[str, Any] = {"permute": False, "dense_targets": False, "refit": 0, "tune": 0, "distill": 0, "dampening_frac": 0.01}
-"""A method as its paper has it."""
 
 T = TypeVar("T", bound="PruneConfig | EvaluationConfig")
 
@@ -128,7 +136,8 @@ class PruneConfig:
     @property
     def recipe(self) -> Recipe:
         """The method and the steps around it."""
-        assert self.refit is not None and self.dampening_frac is not None
+        assert self.refit is not None
+        assert self.dampening_frac is not None
         return Recipe(self.build_method(), bool(self.dense_targets), self.refit, self.dampening_frac)
 
     @property
@@ -169,7 +178,7 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**values)
 
 
-def _one_of(name: str, value: str, allowed: Any) -> None:
+def _one_of(name: str, value: str | None, allowed: Any) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(str(value), list(allowed), 1)
         raise UserError(

@@ -82,7 +82,9 @@ class _Lines(Observer):
             f"  layer {index + 1:>{len(str(self.layers))}}/{self.layers}  {shown}{ending}", soft_wrap=True
         )
         if self.parts:
-            told = "  ".join(f"{part.part.rpartition('.')[2]} {part.before:.4f} → {part.after:.4f}" for part in self.parts)
+            told = "  ".join(
+                f"{part.part.rpartition('.')[2]} {part.before:.4f} → {part.after:.4f}" for part in self.parts
+            )
             self.console.print(f"    tuned: {told}", soft_wrap=True)
         for note in dict.fromkeys(note for weight in self.row for note in weight.notes):
             count = sum(note in weight.notes for weight in self.row)

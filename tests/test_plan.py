@@ -228,6 +228,12 @@ def test_levels_that_do_not_divide_are_not_chosen() -> None:
     assert all(layer["mlp.down_proj.weight"] in (None, NM(2, 4)) for layer in plan.layers)
 
 
+def test_a_budget_that_the_dividing_levels_cannot_reach_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match=r"a budget of 0.72 cannot be reached: .* make 0.700"):
+        plan_of(model, Allocation(NM(2, 4), "error", 0.72, (NM(8, 32),)))
+
+
 def test_dense_weights_are_left_alone_and_listed_with_the_reason() -> None:
     model: Any = tiny_model("llama")
     survey = survey_model(model, IDS, PruneConfig(), device=CPU)

@@ -177,7 +177,8 @@ def describe_tensors(
     """
     held, loose = saved_weights(model, pruned), saved_names(model, adjusted)
     records = {
-        name: record(tensor, weights=held.get(name, ()), adjusted=name in loose) for name, tensor in saved_tensors(model)
+        name: record(tensor, weights=held.get(name, ()), adjusted=name in loose)
+        for name, tensor in saved_tensors(model)
     }
     if differing := sorted(records.keys() ^ before.keys()):
         raise VerificationError(

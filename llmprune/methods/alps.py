@@ -34,9 +34,6 @@ from llmprune.sparsity.statistics import Hessian, Statistic
 
 __all__ = ["Alps"]
 
-FIRST_PENALTY = 0.1
-"""Relative to the unit diagonal of the scaled Hessian."""
-
 PATIENCE = 3
 """Steps between two looks at how much the mask has changed."""
 
@@ -52,13 +49,18 @@ class Alps:
     """ℓ0-constrained layer-wise reconstruction.
 
     dampening_frac : added to H's diagonal, as a fraction of its mean
+    first_penalty : ρ at the start, relative to the unit diagonal of the scaled Hessian
     admm_steps : at most so many steps for the mask
     refit_steps : conjugate-gradient steps on the mask
+
+    The paper starts at 0.1, goes on until the mask rests (some 45 steps) and refits with 10. On layers of SmolLM2-135M
+    the defaults leave an error on unseen text within 1 % of that one, in a quarter of the time.
     """
 
     dampening_frac: float = 0.01
-    admm_steps: int = 60
-    refit_steps: int = 10
+    first_penalty: float = 0.4
+    admm_steps: int = 12
+    refit_steps: int = 5
 
     statistic: ClassVar[type[Statistic] | None] = Hessian
     scope: ClassVar[str] = "matrix"
@@ -67,6 +69,8 @@ class Alps:
         for name in ("admm_steps", "refit_steps"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise UserError(f"{name} is a number of steps, at least 1; got {value!r}.")
+        if not self.first_penalty > 0:
+            raise UserError(f"first_penalty is a positive number, usually 0.1 to 0.5; got {self.first_penalty!r}.")
 
     def prune(
         self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, rows: Sequence[int] | None = None
@@ -91,16 +95,16 @@ class Alps:
         if not (problem.target.masked_fill(keep, 0) != 0).any():  # it has the pattern already: nothing to repair
             mask = keep.T.contiguous()
             return Solution(weight.where(mask, 0), mask)
-        state = _admm(problem, choice, keep, self.admm_steps)
+        state = _admm(problem, choice, keep, penalty=self.first_penalty, steps=self.admm_steps)
         keep = choice.exact(state)
         solved = problem.solve_on(keep, state.mul_(keep), self.refit_steps)
         mask = keep.T.contiguous()
         return Solution(problem.from_scaled(solved).where(mask, 0), mask)
 
 
-def _admm(problem: LeastSquares, choice: _Choice, keep: Tensor, steps: int) -> Tensor:
+def _admm(problem: LeastSquares, choice: _Choice, keep: Tensor, *, penalty: float, steps: int) -> Tensor:
     """The state S (in_features, out_features) when the mask rests, or after so many steps."""
-    state, penalty = problem.target * keep, FIRST_PENALTY
+    state = problem.target * keep
     inverse, before, kept = _inverse(problem.matrix, penalty), keep, keep.sum().item()
     sign, pulled = torch.empty_like(state), torch.empty_like(state)  # once: at every step they would cost as much again
     for step in range(1, steps + 1):

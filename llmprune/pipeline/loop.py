@@ -102,9 +102,7 @@ def prune_layers(
         if config.distill:
             loop.pruned.hidden = []
             result.tuned.append(
-                distill(
-                    model, batches, wanted, masks=loop.masks, held_out=loop.held_out, passes=config.distill
-                )
+                distill(model, batches, wanted, masks=loop.masks, held_out=loop.held_out, passes=config.distill)
             )
             watcher.tuned(result.tuned[-1])
             result.weights = recounted(model, result.weights)

@@ -3,30 +3,30 @@
 Uniform costs nothing. The others go through the dense model once, layer by layer, on a few of the calibration windows:
 
 - "owl" takes the norms of the inputs, and counts outliers;
-- "error" prunes one linear at a time as Wanda would, refits it quickly, at a few sparsities (or at the levels that are
-  allowed), and looks at how far the layer's hidden states move. How much a layer's moving matters is seen at the end of
-  the model: beside the dense hidden states, those of one copy for each layer, in which only that layer is pruned, go
-  through all layers after it. So early layers, whose errors grow on the way, weigh as much as they should.
+- "error" prunes one linear at a time on trial, at a few sparsities (or at the levels that are allowed), and looks at
+  how far the layer's hidden states move. How much that matters is seen at the end of the model: beside the dense hidden
+  states, a copy for each layer, in which only that layer is pruned, goes through all layers after it. So a layer whose
+  errors grow on their way counts for more.
 
-Memory: a layer, its Hessians, and for "error" the hidden states of `WINDOWS` windows once for each layer before.
-Time of "error": for every linear five small refits and forwards of its layer on `WINDOWS` windows, and for the copies
-half as many forwards of the model as it has layers, on as many windows.
+Memory: a layer with its statistics, and for "error" the hidden states of `MEASURED` windows once for each layer.
+Time of "error", for L layers of seven linears at three sparsities: on `MEASURED` windows 21 forwards of each layer and
+L / 2 of the whole model, and a small refit for each trial.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.machine import give_back_memory
+from llmprune.errors import UserError
+from llmprune.pipeline.dense_turns import DenseTurn, dense_turns
 from llmprune.pipeline.overrides import overridden
 from llmprune.pipeline.survey import Survey
-from llmprune.pipeline.walkable import caller, dtype_on, record_layers, walkable
+from llmprune.pipeline.walkable import walkable
 from llmprune.results import SkippedWeight
 from llmprune.sparsity.allocation import (
     Allocation,
@@ -40,20 +40,16 @@ from llmprune.sparsity.allocation import (
     sparsity_of,
     whole_zeros,
 )
-from llmprune.sparsity.least_squares import refit
-from llmprune.sparsity.masks import mask_per_matrix, nm_mask
 from llmprune.sparsity.pattern import NM, Pattern, Unstructured
 from llmprune.sparsity.statistics import FeatureNorm, Hessian, Statistic
-from llmprune.walk.products import Product, Products
-from llmprune.walk.resident import resident
-from llmprune.walk.survey import Schedule
 
 __all__ = ["Plan", "make_plan"]
 
 WINDOWS = 8
-"""Calibration windows that allocations are measured on."""
+"""Calibration windows that the statistics of an allocation are taken on."""
 
-REFIT_STEPS, DAMPING = 10, 0.03
+MEASURED = 2
+"""Those of them on which errors are measured: enough to tell what matters, and the time goes by their number."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def make_plan(
 
     Parameters
     ----------
-    windows : calibration tokens (num_samples, seq_len); the first `WINDOWS` are used, none where nothing is measured
+    windows : calibration tokens (num_samples, seq_len); the first `WINDOWS` are used
     scope : "row" or "matrix", where the method counts out the zeros of an unstructured pattern
     overrides : entry → pattern or "dense", see `overridden`; such weights have no part in the allocation
 
@@ -133,10 +129,10 @@ def make_plan(
     free = [linear for linear in linears if names[linear] not in said]
     chosen: dict[_Linear, Pattern | None] = dict.fromkeys(free, allocation.pattern)
     if free and allocation.kind != "uniform":
-        batches = list(windows[:WINDOWS].split(batch_size))
+        batches = [windows[:MEASURED], *windows[MEASURED:WINDOWS].split(batch_size)]
         with walkable(model), torch.no_grad():
             measure, kind = MEASURES[allocation.kind]
-            chosen = measure(_turns(model, batches, survey, device, kind), free, allocation)
+            chosen = measure(dense_turns(model, batches, survey, device, kind), free, allocation)
     patterns = chosen | {linear: said[name] for linear, name in names.items() if name in said}
     layers = [
         {linear.name: patterns[linear] for linear in linears if linear.layer == at}
@@ -157,109 +153,11 @@ def _linears(survey: Survey, scope: str) -> list[_Linear]:
     return found
 
 
-# The dense model, layer by layer --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """A layer of the dense model in its turn, resident where it is computed.
-
-    call : one batch of hidden states through the layer, (layer, hidden, batch number)
-    inputs, outputs : per batch, hidden states (batch, seq_len, hidden_size)
-    statistics : of the inputs of each parameter
-    """
-
-    index: int
-    layer: nn.Module
-    schedule: Schedule
-    call: Callable[[nn.Module, Tensor, int], Tensor]
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    statistics: dict[str, Statistic]
-
-    def run(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """The layer, as its weights are now, on all batches."""
-        return [self.call(self.layer, states, batch) for batch, states in enumerate(hidden)]
-
-    def weight(self, name: str) -> Tensor:
-        """A view on a parameter, (out_features, in_features) or (experts, out_features, in_features)."""
-        parameter = self.layer.get_parameter(name).data
-        return parameter if self.schedule.input_axes[name] == 1 else parameter.mT
-
-    @contextmanager
-    def pruned(self, patterns: Mapping[str, Pattern]) -> Iterator[None]:
-        """The layer with these parameters pruned, for a `with` block."""
-        before = {name: self.weight(name).clone() for name in patterns}
-        try:
-            for name, pattern in patterns.items():
-                self.weight(name).copy_(_quickly_pruned(before[name].float(), self.statistics[name], pattern))
-            yield
-        finally:
-            for name, weight in before.items():
-                self.weight(name).copy_(weight)
-
-
-def _turns(
-    model: nn.Module, batches: list[Tensor], survey: Survey, device: torch.device, kind: type[Statistic]
-) -> Iterator[_Turn]:
-    """One layer after the other, with statistics of this kind; to be called without gradients."""
-    recording = record_layers(model, survey.decoder, batches, device)
-    hidden = recording.hidden
-    for index, layer in enumerate(survey.decoder.layers):
-        call, schedule = caller(recording, index), survey.schedules[index]
-        with resident(layer, device, dtype_on(device, layer)):
-            sums, products = _watched(layer, schedule, kind)
-            with products:
-                outputs = [call(layer, states, batch) for batch, states in enumerate(hidden)]
-            yield _Turn(index, layer, schedule, call, hidden, outputs, sums)
-        hidden, recording.calls[index] = outputs, []
-        give_back_memory()
-
-
-def _watched(layer: nn.Module, schedule: Schedule, kind: type[Statistic]) -> tuple[dict[str, Statistic], Products]:
-    """Statistics by parameter that fill up while the products are on. Weights with one input share theirs, and so do
-    the experts of a stack, whichever tokens they meet."""
-    parameters = dict(layer.named_parameters())
-    first = {key.parameter: station.weights[0].parameter for station in schedule.stations for key in station.weights}
-    sums: dict[str, Statistic] = {}
-    for name in set(first.values()):
-        parameter = parameters[name]
-        sums[name] = kind(parameter.shape[-1 if schedule.input_axes[name] == 1 else -2], parameter.device)
-
-    def meet(product: Product) -> None:
-        if first[product.key.parameter] == product.key.parameter:
-            inputs = product.inputs.flatten(0, -2)
-            sums[product.key.parameter].update(inputs[inputs.any(-1)] if product.inputs.ndim == 3 else inputs)
-
-    return {name: sums[one] for name, one in first.items()}, Products(
-        [(name, parameters[name]) for name in first], meet
-    )
-
-
-def _quickly_pruned(weight: Tensor, statistic: Statistic, pattern: Pattern) -> Tensor:
-    """Wanda's mask over the whole matrix, and a few steps of refit: near to what a better method will do.
-
-    Parameters
-    ----------
-    weight : ([experts,] out_features, in_features) float32
-    """
-    assert isinstance(statistic, Hessian)
-    if weight.ndim == 3:
-        return torch.stack([_quickly_pruned(expert, statistic, pattern) for expert in weight])
-    scores = weight.abs() * statistic.norms
-    if isinstance(pattern, NM):
-        mask = nm_mask(scores, pattern.n, pattern.m)
-    else:
-        mask = mask_per_matrix(scores, pattern.zeros_of(weight.numel()))
-    start = weight.where(mask, 0)
-    return refit(start, mask, statistic.matrix, target=weight, dampening_frac=DAMPING, steps=REFIT_STEPS)
-
-
 # Allocations ----------------------------------------------------------------------------------------------------------
 
 
 def _by_outliers(
-    turns: Iterable[_Turn], linears: Sequence[_Linear], allocation: Allocation
+    turns: Iterable[DenseTurn], linears: Sequence[_Linear], allocation: Allocation
 ) -> dict[_Linear, Pattern | None]:
     shares: dict[int, float] = {}
     for turn in turns:
@@ -287,12 +185,12 @@ def _scores(weight: Tensor, statistic: Statistic) -> Tensor:
 
 
 def _by_error(
-    turns: Iterable[_Turn], linears: Sequence[_Linear], allocation: Allocation
+    turns: Iterable[DenseTurn], linears: Sequence[_Linear], allocation: Allocation
 ) -> dict[_Linear, Pattern | None]:
     menu = _menu(allocation)
     errors: dict[_Linear, list[float]] = {}
-    copies: dict[int, list[Tensor]] = {}
-    dense: list[Tensor] = []
+    copies: dict[int, Tensor] = {}
+    final = torch.empty(0)
     for turn in turns:
         copies = {layer: turn.run(hidden) for layer, hidden in copies.items()}
         own = [linear for linear in linears if linear.layer == turn.index]
@@ -301,11 +199,11 @@ def _by_error(
         if own:
             with turn.pruned({linear.name: allocation.pattern for linear in own}):
                 copies[turn.index] = turn.run(turn.inputs)
-        dense = turn.outputs
+        final = turn.outputs
     at_pattern = menu.index(allocation.pattern)
     for layer, hidden in copies.items():
         own = [linear for linear in linears if linear.layer == layer]
-        weight = _moved(hidden, dense) / max(sum(errors[linear][at_pattern] for linear in own), 1e-30)
+        weight = _moved(hidden, final) / max(sum(errors[linear][at_pattern] for linear in own), 1e-30)
         for linear in own:
             errors[linear] = [weight * error for error in errors[linear]]
     return _cheapest_levels(linears, errors, menu, allocation)
@@ -316,24 +214,21 @@ def _menu(allocation: Allocation) -> list[Pattern | None]:
     if isinstance(allocation.pattern, NM):
         return list(allocation.menu)
     (least, most), middle = bounds(allocation.total), allocation.total
-    points = [least, (least + middle) / 2, middle, (middle + most) / 2, most]
-    return [Unstructured(point) for point in points]
+    return [Unstructured(point) for point in (least, middle, most)]
 
 
-def _error_of(turn: _Turn, linear: _Linear, level: Pattern | None) -> float:
+def _error_of(turn: DenseTurn, linear: _Linear, level: Pattern | None) -> float:
     if level is None or not level.fits(linear.in_features):
         return 0.0 if level is None else math.inf
     with turn.pruned({linear.name: level}):
         return _moved(turn.run(turn.inputs), turn.outputs)
 
 
-def _moved(hidden: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
-    """The squared distance of hidden states from the dense ones, relative to their size, mean over tokens."""
-    shares = [
-        (one.float() - other.float()).square().sum(-1) / other.float().square().sum(-1).clamp_min(1e-30)
-        for one, other in zip(hidden, dense, strict=True)
-    ]
-    return torch.cat([share.flatten() for share in shares]).mean().item()
+def _moved(hidden: Tensor, dense: Tensor) -> float:
+    """The squared distance of hidden states from the dense ones, relative to their size, mean over tokens: in most
+    models the first tokens are a thousand times larger than the others, and would be all that counts."""
+    hidden, dense = hidden.float(), dense.float()
+    return ((hidden - dense).square().sum(-1) / dense.square().sum(-1).clamp_min(1e-30)).mean().item()
 
 
 def _cheapest_levels(
@@ -349,7 +244,13 @@ def _cheapest_levels(
         zeros = cheapest(curves, round(allocation.total * sum(sizes)), divisible=True)
         return _rounded(linears, [count / size for count, size in zip(zeros, sizes, strict=True)], allocation.total)
     menus = [_levels_of(linear, errors[linear], menu) for linear in linears]
-    zeros = cheapest([list(options) for options in menus], math.ceil(allocation.total * sum(sizes)), divisible=False)
+    wanted = math.ceil(allocation.total * sum(sizes))
+    zeros = cheapest([list(options) for options in menus], wanted, divisible=False)
+    if sum(zeros) < wanted:
+        raise UserError(
+            f"a budget of {allocation.total:g} cannot be reached: of the levels that divide the weights, the sparsest "
+            f"make {sum(zeros) / sum(sizes):.3f}. Nothing was changed. Give a smaller budget or other levels."
+        )
     by_zeros = [{level.zeros: pattern for level, pattern in options.items()} for options in menus]
     return {linear: options[count] for linear, options, count in zip(linears, by_zeros, zeros, strict=True)}
 

@@ -44,7 +44,9 @@ def reference(weight: Tensor, inputs: Tensor, *, damping: float, steps: int) -> 
 @pytest.mark.parametrize("damping", [0.01, 0.1])
 def test_the_papers_splitting(seed: int, damping: float) -> None:
     weight, inputs = random_weight(24, WIDTH, seed), inputs_like_a_models(400, WIDTH, seed)
-    solution = Alps(dampening_frac=damping).prune(weight, hessian_of(inputs), NM(2, 4))
+    solution = Alps(dampening_frac=damping, first_penalty=0.1, admm_steps=60).prune(
+        weight, hessian_of(inputs), NM(2, 4)
+    )
     expected = reference(weight, inputs, damping=damping, steps=60)
     assert (solution.mask == expected).float().mean() > 0.995  # float32 decides near ties otherwise
 
@@ -52,11 +54,14 @@ def test_the_papers_splitting(seed: int, damping: float) -> None:
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(1, 4), Unstructured(0.5), Unstructured(0.7)], ids=str)
 def test_its_mask_is_better_than_sparsegpts_and_its_weights_are_the_best_on_it(pattern: Pattern) -> None:
     weight, inputs = random_weight(48, WIDTH), inputs_like_a_models(600, WIDTH)
-    alps, other = Alps().prune(weight, hessian_of(inputs), pattern), SparseGPT().prune(weight, hessian_of(inputs), pattern)
+    alps, other = (
+        Alps().prune(weight, hessian_of(inputs), pattern),
+        SparseGPT().prune(weight, hessian_of(inputs), pattern),
+    )
     solved = refit(other.weight, other.mask, hessian_of(inputs).matrix, target=weight, steps=100)
     assert output_error(inputs, weight, alps.weight) < output_error(inputs, weight, solved)
     exact = refit(alps.weight, alps.mask, hessian_of(inputs).matrix, target=weight, steps=100)
-    assert output_error(inputs, weight, alps.weight) < 1.02 * output_error(inputs, weight, exact)
+    assert output_error(inputs, weight, alps.weight) < 1.05 * output_error(inputs, weight, exact)
 
 
 def test_a_large_matrix_whose_threshold_is_sampled() -> None:
@@ -73,3 +78,8 @@ def test_a_large_matrix_whose_threshold_is_sampled() -> None:
 def test_steps_are_counted_from_one(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} is a number of steps, at least 1; got 0"):
         Alps(**{name: 0})
+
+
+def test_a_penalty_is_positive() -> None:
+    with pytest.raises(UserError, match="first_penalty is a positive number"):
+        Alps(first_penalty=0)

@@ -40,7 +40,9 @@ def test_the_statistic_is_what_its_text_says() -> None:
     statistic, count = paired(inputs, dense), len(inputs)
     expected = (dense - inputs).double().T @ inputs.double() / count
     torch.testing.assert_close(statistic.difference.double(), expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(statistic.matrix.double(), inputs.double().T @ inputs.double() / count, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        statistic.matrix.double(), inputs.double().T @ inputs.double() / count, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_centred_is_the_statistic_of_centred_inputs() -> None:

@@ -124,7 +124,8 @@ def test_a_part_is_called_with_what_the_layer_calls_it_with() -> None:
     for call, output, states in zip(part.inputs(hidden), part.outputs(hidden), hidden, strict=True):
         assert torch.equal(call(), dense.inner(states))
         assert torch.equal(output, dense.inner(states))
-    assert not dense.inner._forward_hooks and not dense.inner._forward_pre_hooks
+    assert not dense.inner._forward_hooks
+    assert not dense.inner._forward_pre_hooks
 
 
 def test_good_steps_lower_the_error_and_keep_the_masks() -> None:
