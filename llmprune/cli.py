@@ -26,8 +26,8 @@ Examples:
   llmprune --model gpt2 --sparsity 2:4
   llmprune --model ./my-model --sparsity 0.5 --method wanda
   llmprune --model ./m.gguf --sparsity 4:8
-  llmprune eval --model ./gpt2-sparsegpt-2of4 --dataset wikitext2
-  llmprune verify ./gpt2-sparsegpt-2of4
+  llmprune eval --model ./gpt2-alps-2of4 --dataset wikitext2
+  llmprune verify ./gpt2-alps-2of4
 """
 
 VERBS = {
@@ -144,9 +144,29 @@ output_option, other_option = _grouped("Result"), _grouped("Other")
 @model_option("--device", help="Where layers are computed: cpu, cuda, cuda:1.  [default: the GPU if there is one]")
 @model_option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @pattern_option("--sparsity", default="2:4", help="N:M (N kept of every M), a fraction (0.5) or a percentage (50%).")
-@pattern_option("--method", default="sparsegpt", help="magnitude, wanda or sparsegpt.")
+@pattern_option("--effort", help="fast, balanced or best: how much work for how good a result.  [default: balanced]")
+@pattern_option("--method", help="magnitude, wanda, sparsegpt or alps, as its paper has it, in place of an effort.")
+@pattern_option(
+    "--permute/--no-permute",
+    default=None,
+    help="N:M: let neurons and value dimensions change places first, which costs nothing.  [default: by effort]",
+)
+@pattern_option(
+    "--dense-targets/--no-dense-targets",
+    default=None,
+    help="Aim at the outputs that the dense model would give on its own inputs.  [default: by effort]",
+)
+@pattern_option("--refit", type=int, help="Least-squares steps on the method's mask.  [default: by effort]")
+@pattern_option("--tune", type=int, help="Passes to tune each half of a layer, its masks fixed.  [default: by effort]")
+@pattern_option(
+    "--distill",
+    type=int,
+    help="Passes to tune all layers together towards the dense model's predictions.  [default: by effort]",
+)
 @pattern_option("--block-size", type=int, default=128, help="SparseGPT: columns per mask decision.")
-@pattern_option("--dampening-frac", type=float, default=0.01, help="SparseGPT: added to the Hessian's diagonal.")
+@pattern_option(
+    "--dampening-frac", type=float, help="Added to a Hessian's diagonal, as a fraction of its mean.  [default: 0.01]"
+)
 @pattern_option(
     "--ignore",
     multiple=True,

@@ -14,9 +14,30 @@ from typing import Any, TypeVar
 
 from llmprune.errors import UserError
 from llmprune.methods import METHODS, Method
+from llmprune.recipe import Recipe
 from llmprune.sparsity.pattern import Pattern, parse_pattern
 
-__all__ = ["EvaluationConfig", "PruneConfig", "from_mapping"]
+__all__ = ["EFFORTS", "EvaluationConfig", "PruneConfig", "from_mapping"]
+
+NO_STEPS: dict[str, Any] = {
+    "permute": False,
+    "dense_targets": False,
+    "refit": 0,
+    "tune": 0,
+    "distill": 0,
+    "dampening_frac": 0.01,
+}
+"""A method as its paper has it."""
+
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": NO_STEPS | {"method": "wanda", "refit": 3},
+    "balanced": NO_STEPS | {"method": "alps", "dense_targets": True, "dampening_frac": 0.05},
+    "best": NO_STEPS
+    | {"method": "alps", "permute": True, "dense_targets": True, "tune": 4, "distill": 2, "dampening_frac": 0.05},
+}
+"""What each effort does; what each costs and brings stands in the README's table."""
+
+DEFAULT_EFFORT = "balanced"
 
 T = TypeVar("T", bound="PruneConfig | EvaluationConfig")
 
@@ -26,8 +47,16 @@ class PruneConfig:
     """What is pruned, how, and on which text.
 
     sparsity : "2:4" (N kept of every M), 0.5 or "50%"
-    method : a name in `llmprune.methods.METHODS`
-    block_size, dampening_frac : SparseGPT's
+    effort : a name in `EFFORTS`, which sets the steps that follow; "balanced" if no method is given
+    method : a name in `llmprune.methods.METHODS`: that method as its paper has it, and the steps that are asked for
+    permute : for N:M, let neurons and value dimensions change places first, so that the pattern keeps more
+    dense_targets : aim at the outputs that the dense model would give on its own inputs
+    refit : conjugate-gradient steps on the method's mask, 0 for none
+    tune : passes over the calibration windows to tune each half of a layer with its masks fixed, 0 for none
+    distill : passes over the calibration windows to tune all layers together towards the dense model's predictions,
+        masks fixed, 0 for none; needs five times the model's float32 size in memory
+    block_size : SparseGPT's
+    dampening_frac : added to the diagonal of a Hessian, as a fraction of its mean
     ignore : weights to leave dense, by name, by last part of the name, or by regular expression after "re:"
     on_indivisible : "error" or "skip", for weights whose inputs do not divide into groups of M
     dataset, text_column : calibration text, see `llmprune.data`
@@ -38,9 +67,15 @@ class PruneConfig:
     """
 
     sparsity: str = "2:4"
-    method: str = "sparsegpt"
+    effort: str | None = None
+    method: str | None = None
+    permute: bool | None = None
+    dense_targets: bool | None = None
+    refit: int | None = None
+    tune: int | None = None
+    distill: int | None = None
     block_size: int = 128
-    dampening_frac: float = 0.01
+    dampening_frac: float | None = None
     ignore: tuple[str, ...] = ()
     on_indivisible: str = "error"
     dataset: str = "c4"
@@ -54,7 +89,12 @@ class PruneConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", str(parse_pattern(self.sparsity)))
         object.__setattr__(self, "ignore", _names(self.ignore))
+        self._settle_steps()
         _one_of("method", self.method, METHODS)
+        _fraction("dampening_frac", self.dampening_frac)
+        _at_least("refit", self.refit, 0)
+        _at_least("tune", self.tune, 0)
+        _at_least("distill", self.distill, 0)
         _one_of("on_indivisible", self.on_indivisible, ("error", "skip"))
         _one_of("bos", self.bos, ("auto", "always", "never"))
         _at_least("num_samples", self.num_samples, 1)
@@ -66,6 +106,22 @@ class PruneConfig:
                 _compiles(entry)
         self.build_method()
 
+    def _settle_steps(self) -> None:
+        """Fill in what was not said: the effort's steps, or none besides the method."""
+        if self.effort is None and self.method is None:
+            object.__setattr__(self, "effort", DEFAULT_EFFORT)
+        if self.effort is not None:
+            _one_of("effort", self.effort, EFFORTS)
+        steps = EFFORTS[self.effort] if self.effort is not None else NO_STEPS
+        if self.effort is not None and self.method not in (None, steps["method"]):
+            raise UserError(
+                f"effort {self.effort!r} chooses the method itself ({steps['method']}); got method {self.method!r} "
+                "too. Give one of the two."
+            )
+        for name, value in steps.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
     @property
     def pattern(self) -> Pattern:
         """The sparsity, parsed."""
@@ -73,9 +129,16 @@ class PruneConfig:
 
     def build_method(self) -> Method:
         """The method with those of these settings that it has."""
-        kind = METHODS[self.method]
+        kind = METHODS[str(self.method)]
         known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
         return kind(**{name: value for name, value in asdict(self).items() if name in known})
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method and the steps around it."""
+        assert self.refit is not None
+        assert self.dampening_frac is not None
+        return Recipe(self.build_method(), bool(self.dense_targets), self.refit, self.dampening_frac)
 
     @property
     def name_suffix(self) -> str:
@@ -115,7 +178,7 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**values)
 
 
-def _one_of(name: str, value: str, allowed: Any) -> None:
+def _one_of(name: str, value: str | None, allowed: Any) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(str(value), list(allowed), 1)
         raise UserError(
@@ -128,6 +191,13 @@ def _at_least(name: str, value: int | None, least: int, *, optional: bool = Fals
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{name} is a whole number, at least {least}; got {value!r}.")
+
+
+def _fraction(name: str, value: float | None) -> None:
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise UserError(
+            f"{name} is a fraction of the Hessian's mean diagonal, between 0 and 1, usually 0.01; got {value!r}."
+        )
 
 
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from llmprune.checkpoint.verify import Verification
 from llmprune.job import Observer, PruneResult
-from llmprune.results import PrunedWeight
+from llmprune.results import PrunedWeight, TunedPart
 
 __all__ = ["observer_for", "show_result", "show_verification"]
 
@@ -48,6 +48,7 @@ class _Lines(Observer):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.row: list[PrunedWeight] = []
+        self.parts: list[TunedPart] = []
         self.layers, self.done, self.began = 0, 0, 0.0
 
     def stage(self, name: str) -> None:
@@ -63,11 +64,14 @@ class _Lines(Observer):
     def pruned(self, weight: PrunedWeight) -> None:
         self.row.append(weight)
 
+    def tuned(self, part: TunedPart) -> None:
+        self.parts.append(part)
+
     def layer_done(self, index: int) -> None:
         self.done += 1
         left = (time.perf_counter() - self.began) / self.done * (self.layers - self.done)
         self._print_layer(index, "" if self._shows_time() else f"  {_duration(left)} left")
-        self.row = []
+        self.row, self.parts = [], []
 
     def _shows_time(self) -> bool:
         return False
@@ -77,6 +81,11 @@ class _Lines(Observer):
         self.console.print(
             f"  layer {index + 1:>{len(str(self.layers))}}/{self.layers}  {shown}{ending}", soft_wrap=True
         )
+        if self.parts:
+            told = "  ".join(
+                f"{part.part.rpartition('.')[2]} {part.before:.4f} → {part.after:.4f}" for part in self.parts
+            )
+            self.console.print(f"    tuned: {told}", soft_wrap=True)
         for note in dict.fromkeys(note for weight in self.row for note in weight.notes):
             count = sum(note in weight.notes for weight in self.row)
             self.console.print(f"    note: {note}{f' ({count} weights)' if count > 1 else ''}", soft_wrap=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["PrunedWeight", "SkippedWeight"]
+__all__ = ["PrunedWeight", "SkippedWeight", "TunedPart"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class PrunedWeight:
     """Calibration tokens that met this weight."""
     seconds: float
     """Its share of the solve."""
+    step: float | None = None
+    """How far it was aimed at what the dense model's own inputs would give, 0 to 1; None where that was not asked."""
     notes: tuple[str, ...] = field(default=())
     """What went other than usual: damping raised, cold expert, pruned last because it is used twice."""
 
@@ -55,3 +57,17 @@ class SkippedWeight:
     name: str
     shape: tuple[int, ...]
     reason: str
+
+
+@dataclass(frozen=True)
+class TunedPart:
+    """A part of a layer whose kept weights were tuned together."""
+
+    part: str
+    """Name of the module, such as `model.layers.0.mlp`."""
+    before: float
+    """Mean squared error against the dense model's part on held-out windows, relative to its output's mean square."""
+    after: float
+    """The same after tuning: never more."""
+    passes: int
+    """How often the calibration windows were gone through."""

@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors"},
     "model": {"errors", "results"},
     "walk": {"errors", "model", "results", "sparsity", "data"},
-    "config": {"errors", "sparsity", "methods", "data"},
-    "pipeline": {"errors", "results", "config", "walk", "methods", "sparsity", "model", "machine"},
+    "recipe": {"errors", "sparsity", "methods"},
+    "config": {"errors", "sparsity", "methods", "recipe", "data"},
+    "pipeline": {"errors", "results", "config", "recipe", "walk", "methods", "sparsity", "model", "machine"},
     "checkpoint": {"errors", "results", "config", "sparsity", "model"},
     "eval": {"errors", "data", "model", "machine"},
 }
@@ -46,7 +47,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 DOORS = {"llmprune", "__main__"}
 
 # Rooms that know tensors only: besides Python's own modules they may import these.
-TENSORS_ONLY = {"sparsity": {"torch", "llmprune"}, "methods": {"torch", "llmprune"}}
+TENSORS_ONLY = {room: {"torch", "llmprune"} for room in ("sparsity", "methods", "recipe")}
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 @pytest.fixture(scope="module")
 def pruned(desk: Desk) -> Path:
     desk.prune("--sparsity", "2:4")
-    return desk.folder / "gpt2-sparsegpt-2of4"
+    return desk.folder / "gpt2-alps-2of4"
 
 
 def one_sentence(out: str, err: str) -> str:

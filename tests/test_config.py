@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprune.config import EvaluationConfig, PruneConfig, from_mapping
+from llmprune.config import EFFORTS, EvaluationConfig, PruneConfig, from_mapping
 from llmprune.errors import UserError
-from llmprune.methods import METHODS, Magnitude, SparseGPT, Wanda
+from llmprune.methods import METHODS, Alps, Magnitude, SparseGPT, Wanda
 from llmprune.sparsity.pattern import NM, Unstructured
 
 
@@ -35,7 +35,10 @@ def test_a_sparsity_loses_no_digit(sparsity: float) -> None:
     st.fixed_dictionaries(
         {
             "sparsity": st.sampled_from(["2:4", "0.37", "50%"]),
-            "method": st.sampled_from(sorted(METHODS)),
+            "method": st.none() | st.sampled_from(sorted(METHODS)),
+            "dense_targets": st.none() | st.booleans(),
+            "refit": st.none() | st.integers(0, 50),
+            "tune": st.none() | st.integers(0, 9),
             "block_size": st.integers(1, 4096),
             "dampening_frac": st.floats(1e-6, 0.5),
             "ignore": st.lists(st.sampled_from(["down_proj", "model.layers.0.mlp.up_proj", "re:.*k_proj"])),
@@ -68,8 +71,12 @@ def test_a_config_is_frozen_and_checked_again_when_replaced() -> None:
 @pytest.mark.parametrize(
     ("config", "method"),
     [
-        (PruneConfig(), SparseGPT()),
-        (PruneConfig(block_size=64, dampening_frac=0.1), SparseGPT(block_size=64, dampening_frac=0.1)),
+        (PruneConfig(method="sparsegpt"), SparseGPT()),
+        (
+            PruneConfig(method="sparsegpt", block_size=64, dampening_frac=0.1),
+            SparseGPT(block_size=64, dampening_frac=0.1),
+        ),
+        (PruneConfig(method="alps", dampening_frac=0.1), Alps(dampening_frac=0.1)),
         (PruneConfig(method="wanda"), Wanda()),
         (PruneConfig(method="magnitude"), Magnitude()),
     ],
@@ -78,8 +85,28 @@ def test_the_method_gets_its_settings(config: PruneConfig, method: Any) -> None:
     assert config.build_method() == method
 
 
+def test_without_a_word_the_effort_is_balanced() -> None:
+    config = PruneConfig()
+    assert config.effort == "balanced"
+    assert {name: getattr(config, name) for name in EFFORTS["balanced"]} == EFFORTS["balanced"]
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_an_effort_sets_the_steps_and_what_is_said_goes_before(effort: str) -> None:
+    config = PruneConfig(effort=effort, tune=7)
+    assert {name: getattr(config, name) for name in EFFORTS[effort]} == {**EFFORTS[effort], "tune": 7}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_alone_has_nothing_added(method: str) -> None:
+    config = PruneConfig(method=method)
+    assert config.effort is None
+    assert (config.dense_targets, config.refit, config.tune) == (False, 0, 0)
+    assert config.recipe.statistic is config.build_method().statistic
+
+
 def test_how_a_result_is_named() -> None:
-    assert PruneConfig().name_suffix == "sparsegpt-2of4"
+    assert PruneConfig().name_suffix == "alps-2of4"
     assert PruneConfig(sparsity="62.5%", method="wanda").name_suffix == "wanda-62.5pct"
 
 
@@ -98,9 +125,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 2}, r"If you meant 2 %, write 2%"),
     (
         {"method": "sparsgpt"},
-        r"method is one of magnitude, wanda, sparsegpt; got 'sparsgpt' \(did you mean 'sparsegpt'",
+        r"method is one of magnitude, wanda, sparsegpt, alps; got 'sparsgpt' \(did you mean 'sparsegpt'",
     ),
-    ({"method": "obs"}, r"method is one of magnitude, wanda, sparsegpt; got 'obs'\.$"),
+    ({"effort": "bets"}, r"effort is one of fast, balanced, best; got 'bets' \(did you mean 'best'"),
+    (
+        {"effort": "best", "method": "wanda"},
+        r"effort 'best' chooses the method itself \(alps\); got method 'wanda' too\. Give one of the two",
+    ),
+    ({"refit": -1}, r"refit is a whole number, at least 0; got -1\."),
+    ({"tune": 1.5}, r"tune is a whole number, at least 0; got 1\.5\."),
+    ({"method": "obs"}, r"method is one of magnitude, wanda, sparsegpt, alps; got 'obs'\.$"),
     ({"on_indivisible": "pad"}, r"on_indivisible is one of error, skip; got 'pad'"),
     ({"bos": "yes"}, r"bos is one of auto, always, never; got 'yes'"),
     ({"num_samples": 0}, r"num_samples is a whole number, at least 1; got 0\."),
@@ -110,7 +144,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seq_len": 512.0}, r"seq_len is a whole number, at least 2; got 512\.0\."),
     ({"batch_size": True}, r"batch_size is a whole number, at least 1; got True\."),
     ({"seed": -1}, r"seed is a whole number, at least 0; got -1\."),
-    ({"block_size": 0}, r"block_size is a number of columns, at least 1; got 0\."),
+    ({"method": "sparsegpt", "block_size": 0}, r"block_size is a number of columns, at least 1; got 0\."),
     ({"dampening_frac": 1.0}, r"between 0 and 1, usually 0\.01; got 1\.0\."),
     ({"dampening_frac": "1e-2"}, r"between 0 and 1, usually 0\.01; got '1e-2'\."),
     ({"ignore": ["re:("]}, r"ignore: '\(' is no regular expression \(.+\)\."),
@@ -131,7 +165,7 @@ def test_what_cannot_be_measured_is_refused_at_once(settings: dict[str, Any]) ->
 
 def test_an_unknown_setting_names_the_near_one_and_all() -> None:
     with pytest.raises(
-        UserError, match=r"no setting 'n_samples'; did you mean 'num_samples'\? It has: sparsity, method"
+        UserError, match=r"no setting 'n_samples'; did you mean 'num_samples'\? It has: sparsity, effort, method"
     ):
         from_mapping(PruneConfig, {"n_samples": 4})
     with pytest.raises(

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 FIRST_LINE = "llmprune --model gpt2 --sparsity 2:4"
 SMALL = ["--num-samples", "4", "--seq-len", "32", "--eval-tokens", "256"]
-BASE, DEFAULT = "openai-community/gpt2", "alice/gpt2-sparsegpt-2of4"
+BASE, DEFAULT = "openai-community/gpt2", "alice/gpt2-alps-2of4"
 LICENSE = b"Do what you like.\n"
 
 
@@ -137,7 +137,7 @@ def test_the_first_line_of_the_readme(desk: Desk, pushed: subprocess.CompletedPr
     for expected in ("perplexity", "wikitext2 test", "50.00% of the pruned weights", "verified", DEFAULT):
         assert expected in pushed.stdout
     assert "it/s" not in pushed.stderr  # no bars of the clients among our own lines
-    saved = desk.folder / "gpt2-sparsegpt-2of4"
+    saved = desk.folder / "gpt2-alps-2of4"
     assert_same_files(desk.hub, DEFAULT, saved, others=set())
     titles = [commit.title for commit in desk.hub.repo(DEFAULT).commits.values()]
     assert titles == ["initial commit", "Upload a model pruned with llmprune"]  # in one: readers see all or nothing
@@ -148,7 +148,7 @@ def test_the_first_line_of_the_readme(desk: Desk, pushed: subprocess.CompletedPr
 
 
 def test_the_report_names_the_commits_that_were_read(desk: Desk, pushed: subprocess.CompletedProcess[str]) -> None:
-    source = desk.report("gpt2-sparsegpt-2of4")["source"]
+    source = desk.report("gpt2-alps-2of4")["source"]
     assert source["revision"] == desk.hub.repo(BASE).refs["main"]
     assert source["calibration"]["repo"] == "allenai/c4"
     assert source["calibration"]["revision"] == desk.hub.store.repos["dataset", "allenai/c4"].refs["main"]
@@ -171,8 +171,8 @@ print(sum(int((tensor == 0).sum()) for tensor in pushed.values()))
 def test_the_pushed_model_loads_by_its_id_bit_for_bit(
     desk: Desk, pushed: subprocess.CompletedProcess[str], tmp_path: Path
 ) -> None:
-    done = desk.run(sys.executable, "-c", LOAD, DEFAULT, "gpt2-sparsegpt-2of4", HF_HOME=str(tmp_path))
-    tensors = load_file(desk.folder / "gpt2-sparsegpt-2of4" / "model.safetensors")
+    done = desk.run(sys.executable, "-c", LOAD, DEFAULT, "gpt2-alps-2of4", HF_HOME=str(tmp_path))
+    tensors = load_file(desk.folder / "gpt2-alps-2of4" / "model.safetensors")
     assert int(done.stdout) == sum(int((tensor == 0).sum()) for tensor in tensors.values()) > 10_000
 
 
@@ -183,7 +183,7 @@ def test_the_same_line_again_without_a_network(desk: Desk, pushed: subprocess.Co
     desk.llmprune(*arguments, HF_HUB_OFFLINE="1", HF_TOKEN="")
     assert paths(desk.hub, asked) == []
     report = desk.report("offline")
-    assert report["source"] == desk.report("gpt2-sparsegpt-2of4")["source"]
+    assert report["source"] == desk.report("gpt2-alps-2of4")["source"]
     assert any("the Hub could not be asked" in note for note in report["notes"])
     assert (desk.folder / "offline" / "LICENSE").read_bytes() == LICENSE
 

@@ -82,7 +82,7 @@ def test_a_gguf_file(desk: Desk) -> None:
     (desk.folder / "m.gguf").symlink_to(demo_gguf())
     command = "llmprune --model ./m.gguf --sparsity 4:8"
     assert "4:8" in desk.llmprune(*shlex.split(command)[1:], *SIZES[command]).stdout
-    shutil.rmtree(desk.folder / "m-sparsegpt-4of8")  # half a gigabyte
+    shutil.rmtree(desk.folder / "m-alps-4of8")  # half a gigabyte
 
 
 def test_the_python_example(desk: Desk) -> None:

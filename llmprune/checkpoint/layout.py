@@ -25,7 +25,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from llmprune.errors import UnsupportedModel
 from llmprune.results import PrunedWeight
 
-__all__ = ["SavedWeight", "digest", "fingerprint", "saved_tensors", "saved_ties", "saved_weights"]
+__all__ = ["SavedWeight", "digest", "fingerprint", "saved_names", "saved_tensors", "saved_ties", "saved_weights"]
 
 Box = tuple[tuple[int, int], ...]
 """A block of a tensor: (start, stop) along every axis."""
@@ -72,6 +72,17 @@ def saved_ties(model: PreTrainedModel) -> dict[str, str]:
     state, ties = _state(model)
     written = {source: name for name, source in _unchanged(model, state).items()}
     return {_saved_name(model, dropped, state[kept]): written.get(kept, kept) for dropped, kept in ties.items()}
+
+
+def saved_names(model: PreTrainedModel, parameters: Collection[str]) -> set[str]:
+    """The names under which these parameters of the model are saved."""
+    if not parameters:
+        return set()
+    state, ties = _state(model)
+    homes = {ties.get(name, name) for name in parameters}
+    direct = {source: name for name, source in _unchanged(model, state).items()}
+    apart = (_shapes(revert_weight_conversion(model, _hollow({name: state[name]}))) for name in homes - direct.keys())
+    return {direct[name] for name in homes & direct.keys()}.union(*apart)
 
 
 def fingerprint(model: PreTrainedModel, names: Collection[str] | None = None) -> dict[str, str]:

@@ -12,7 +12,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import llmprune
-from llmprune.checkpoint.layout import SavedWeight, digest, saved_tensors, saved_weights
+from llmprune.checkpoint.layout import SavedWeight, digest, saved_names, saved_tensors, saved_weights
 from llmprune.errors import UserError, VerificationError
-from llmprune.results import PrunedWeight, SkippedWeight
+from llmprune.results import PrunedWeight, SkippedWeight, TunedPart
 
 __all__ = [
     "REPORT",
@@ -58,11 +58,13 @@ class TensorRecord:
     """The pruned weights that lie in it."""
     carried: bool = False
     """Whether it came from the source past the model, which does not load it."""
+    adjusted: bool = False
+    """Whether a step of the recipe may have changed it although it was not pruned: a refitted bias."""
 
     @property
     def touched(self) -> bool:
         """Whether pruning may have changed it."""
-        return bool(self.weights)
+        return bool(self.weights) or self.adjusted
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Report:
     """By name on disk, as `describe_tensors` finds them."""
     ties: dict[str, str]
     """Tensors that are another one and not stored, as `layout.saved_ties` finds them: name left out → name stored."""
+    tuned: tuple[TunedPart, ...] = ()
+    """Parts of layers whose kept weights were tuned together."""
     before: tuple[dict[str, Any], ...] = ()
     """Evaluations of the dense model."""
     after: tuple[dict[str, Any], ...] = ()
@@ -107,6 +111,7 @@ class Report:
         fields: dict[str, Any] = dict(document)
         fields["pruned"] = tuple(_pruned(row) for row in document["pruned"])
         fields["skipped"] = tuple(SkippedWeight(**{**row, "shape": tuple(row["shape"])}) for row in document["skipped"])
+        fields["tuned"] = tuple(TunedPart(**row) for row in document.get("tuned", ()))
         fields["tensors"] = {name: _tensor(row) for name, row in document["tensors"].items()}
         fields |= {name: tuple(document[name]) for name in ("before", "after", "notes")}
         return cls(**fields)
@@ -145,27 +150,36 @@ class Report:
             raise UserError(foreign) from error
 
 
-def record(tensor: Tensor, *, weights: tuple[SavedWeight, ...] = (), carried: bool = False) -> TensorRecord:
+def record(
+    tensor: Tensor, *, weights: tuple[SavedWeight, ...] = (), carried: bool = False, adjusted: bool = False
+) -> TensorRecord:
     """Describe a tensor as it lies on disk."""
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return TensorRecord(digest(tensor), tuple(tensor.shape), dtype, _zeros(tensor), weights, carried)
+    return TensorRecord(digest(tensor), tuple(tensor.shape), dtype, _zeros(tensor), weights, carried, adjusted)
 
 
 def describe_tensors(
-    model: PreTrainedModel, pruned: Sequence[PrunedWeight], *, before: Mapping[str, str]
+    model: PreTrainedModel,
+    pruned: Sequence[PrunedWeight],
+    *,
+    before: Mapping[str, str],
+    adjusted: Collection[str] = (),
 ) -> dict[str, TensorRecord]:
     """The records of all tensors that `model.save_pretrained` will write.
 
     `before` is the model's `layout.fingerprint` from before the pruning. Tensors that hold no pruned weight must still
-    have those digests.
+    have those digests, except those parameters that are `adjusted`.
 
     Raises
     ------
     VerificationError
         if a tensor appeared, disappeared (a tie broken or made) or changed that no pruned weight lies in.
     """
-    held = saved_weights(model, pruned)
-    records = {name: record(tensor, weights=held.get(name, ())) for name, tensor in saved_tensors(model)}
+    held, loose = saved_weights(model, pruned), saved_names(model, adjusted)
+    records = {
+        name: record(tensor, weights=held.get(name, ()), adjusted=name in loose)
+        for name, tensor in saved_tensors(model)
+    }
     if differing := sorted(records.keys() ^ before.keys()):
         raise VerificationError(
             f"Pruning changed which tensors will be saved ({len(differing)}, first {differing[0]}); a tie may have "

@@ -175,7 +175,7 @@ def _check_tensors(report: Report, tensors: Mapping[str, Any]) -> Iterator[Check
             if fault := _pattern_fault(rows, weight):
                 dense.append(f"{name} {fault}")
     yield Check("bytes as reported", len(tensors), tuple(changed))
-    yield Check("pattern in pruned tensors", sum(held.touched for held in report.tensors.values()), tuple(dense))
+    yield Check("pattern in pruned tensors", sum(bool(held.weights) for held in report.tensors.values()), tuple(dense))
     yield _check_counts(report, zeros)
 
 

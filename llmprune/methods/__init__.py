@@ -17,6 +17,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from llmprune.methods.alps import Alps
 from llmprune.methods.magnitude import Magnitude
 from llmprune.methods.solution import Solution
 from llmprune.methods.sparsegpt import SparseGPT
@@ -24,7 +25,7 @@ from llmprune.methods.wanda import Wanda
 from llmprune.sparsity.pattern import Pattern
 from llmprune.sparsity.statistics import Statistic
 
-__all__ = ["METHODS", "Magnitude", "Method", "Solution", "SparseGPT", "Wanda"]
+__all__ = ["METHODS", "Alps", "Magnitude", "Method", "Solution", "SparseGPT", "Wanda"]
 
 
 class Method(Protocol):
@@ -39,4 +40,4 @@ class Method(Protocol):
         """Prune one weight, or several stacked ones that share their input."""
 
 
-METHODS: dict[str, type[Method]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+METHODS: dict[str, type[Method]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "alps": Alps}

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmprune.methods.solution import Solution
 from llmprune.sparsity.masks import mask_per_row
 from llmprune.sparsity.pattern import Pattern
-from llmprune.sparsity.statistics import FeatureNorm, Statistic
+from llmprune.sparsity.statistics import FeatureNorm, Hessian, Statistic
 
 __all__ = ["Wanda"]
 
@@ -34,9 +34,9 @@ class Wanda:
         Parameters
         ----------
         weight : (out_features, in_features) float32
-        statistic : FeatureNorm of the inputs
+        statistic : FeatureNorm of the inputs, or a Hessian, which holds their norms too
         rows : no part: every row stands alone, so stacked linears need no care
         """
-        assert isinstance(statistic, FeatureNorm)
+        assert isinstance(statistic, FeatureNorm | Hessian)
         mask = mask_per_row(weight.abs() * statistic.norms, pattern)
         return Solution(weight.where(mask, 0), mask)

@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from llmprune.errors import NumericError, WalkError
-from llmprune.sparsity.statistics import Statistic, mixed
+from llmprune.sparsity.statistics import Statistic, mixed, unpaired
+from llmprune.walk.dense_path import DensePath
 from llmprune.walk.products import ALL, Product, Products, WeightKey
 from llmprune.walk.survey import Schedule, Station, identity
 
@@ -46,6 +47,8 @@ class Group:
     statistic : of all their inputs, or None where the method needs none
     inputs : (tokens, in_features), the first batch's input, to measure errors on; None if no token came
     tokens : calibration tokens that met these weights
+    held : the statistic of the held-out batches, which are not in the other; None where none are held out
+    biases : of those weights that have one, its parameter's name in the layer and its values (out_features,)
     notes : what is unusual about them
     """
 
@@ -54,23 +57,31 @@ class Group:
     statistic: Statistic | None
     inputs: Tensor | None
     tokens: int
+    held: Statistic | None = None
+    biases: dict[WeightKey, tuple[str, Tensor]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 class _Tally:
     """What is known so far of the inputs of one station (of one expert, where a product takes all of them)."""
 
-    def __init__(self, in_features: int, device: torch.device, kind: type[Statistic] | None) -> None:
+    def __init__(
+        self, in_features: int, device: torch.device, kind: type[Statistic] | None, *, hold_out: bool = False
+    ) -> None:
         self.statistic = kind(in_features, device) if kind else None
+        self.held = kind(in_features, device) if kind and hold_out else None
         self.tokens = 0
         self.first: Tensor | None = None
 
-    def add(self, inputs: Tensor) -> None:
+    def add(self, inputs: Tensor, dense: Tensor | None, *, held_out: bool) -> None:
         if self.first is None:
             self.first = inputs
         self.tokens += len(inputs)
-        if self.statistic is not None:
-            self.statistic.update(inputs)
+        statistic = self.held if held_out and self.held is not None else self.statistic
+        if statistic is not None:
+            statistic.update(inputs)
+            if dense is not None:
+                statistic.compare(inputs, dense)
 
 
 @dataclass
@@ -94,6 +105,8 @@ class LayerWalk:
     schedule : of the layer's weights that are to be pruned
     kind : the statistic to take, or None
     capacity : how many batches may wait at once, at least 1
+    dense : the same layer unpruned, where the statistic compares the two
+    held_out : batches whose inputs are summed apart (at stations that can be compared)
 
     Raises
     ------
@@ -113,9 +126,11 @@ class LayerWalk:
         *,
         kind: type[Statistic] | None,
         capacity: int,
+        dense: DensePath | None = None,
+        held_out: frozenset[int] = frozenset(),
     ) -> None:
         self.layer, self.hidden, self.call, self.schedule = layer, hidden, call, schedule
-        self.kind, self.capacity = kind, capacity
+        self.kind, self.capacity, self.dense, self.held_out = kind, capacity, dense, held_out
         self.parameters = dict(layer.named_parameters())
         self.position = {key: at for at, station in enumerate(schedule.stations) for key in station.weights}
         watched = {key.parameter for key in self.position}
@@ -131,6 +146,7 @@ class LayerWalk:
         self._live: dict[int, _Run] = {}
         self._results: dict[int, Tensor] = {}
         self._current: _Run | None = None
+        self._stale = False
         self._main = getcurrent()
 
     def __iter__(self) -> Generator[Group, None, None]:
@@ -154,7 +170,7 @@ class LayerWalk:
 
     def _solve_now(self, at: int) -> Iterator[Group]:
         station = self.schedule.stations[at]
-        for key in self._experts_of(station) if station.all_experts else station.weights[:1]:
+        for key in self.keys_of(station) if station.all_experts else station.weights[:1]:
             tally = self._tallies[key]
             if key.expert is not None and tally.statistic is not None:
                 self._pool(key).merge(tally.statistic)
@@ -166,7 +182,7 @@ class LayerWalk:
     def _solve_postponed(self) -> Iterator[Group]:
         """Repeated weights, cold experts and experts that no token met, in the order of the schedule."""
         for station in self.schedule.stations:
-            for key in self._experts_of(station) if station.all_experts else station.weights:
+            for key in self.keys_of(station):
                 tally = self._tallies.get(key)
                 if station.repeated and tally is not None:
                     yield self._group((key,), tally, "met several times in one forward: pruned last, on all its inputs")
@@ -182,14 +198,15 @@ class LayerWalk:
         return self._group((key,), own, f"cold expert ({own.tokens} tokens): its stack's pooled inputs mixed in")
 
     def _group(self, keys: tuple[WeightKey, ...], tally: _Tally, *notes: str) -> Group:
-        if tally.statistic is not None:
+        for statistic in filter(None, (tally.statistic, tally.held)):
             try:
-                tally.statistic.check()
+                statistic.check()
             except NumericError as error:
                 raise NumericError(f"{keys[0]}: {error}") from None
         weights = [self._weight(key) for key in keys]
-        group = Group(keys, weights, tally.statistic, tally.first, tally.tokens, tuple(notes))
-        tally.statistic = tally.first = None
+        biases = {key: found for key in keys if (found := self._bias(key)) is not None}
+        group = Group(keys, weights, tally.statistic, tally.first, tally.tokens, tally.held, biases, tuple(notes))
+        tally.statistic = tally.held = tally.first = None
         return group
 
     def _pool(self, key: WeightKey) -> Statistic:
@@ -197,7 +214,7 @@ class LayerWalk:
         if key.parameter not in self._pools:
             weight = self._weight(key)
             assert self.kind is not None
-            self._pools[key.parameter] = self.kind(weight.shape[1], weight.device)
+            self._pools[key.parameter] = unpaired(self.kind)(weight.shape[1], weight.device)
         return self._pools[key.parameter]
 
     def _weight(self, key: WeightKey) -> Tensor:
@@ -205,13 +222,25 @@ class LayerWalk:
         matrix = parameter if key.expert is None else parameter[key.expert]
         return matrix if self.schedule.input_axes[key.parameter] == 1 else matrix.T
 
-    def _experts_of(self, station: Station) -> list[WeightKey]:
+    def _bias(self, key: WeightKey) -> tuple[str, Tensor] | None:
+        """What the same module adds to the product with a weight."""
+        name = key.parameter.removesuffix("weight") + "bias"
+        bias = self.parameters.get(name) if key.expert is None else None
+        return (name, bias.data) if bias is not None and len(bias) == len(self._weight(key)) else None
+
+    def keys_of(self, station: Station) -> list[WeightKey]:
+        """The weights of a station, expert by expert where one product takes all of them."""
+        if not station.all_experts:
+            return list(station.weights)
         name = station.weights[0].parameter
         return [WeightKey(name, index) for index in range(len(self.parameters[name]))]
 
     def _new_tally(self, key: WeightKey) -> _Tally:
         weight = self._weight(key)
-        return _Tally(weight.shape[1], weight.device, self.kind)
+        in_features, device = weight.shape[1], weight.device
+        if key.expert is None and self.schedule.stations[self.position[key]].comparable:
+            return _Tally(in_features, device, self.kind, hold_out=bool(self.held_out))
+        return _Tally(in_features, device, unpaired(self.kind) if self.kind else None)
 
     # Coroutines -------------------------------------------------------------------------------------------------------
 
@@ -281,11 +310,14 @@ class LayerWalk:
     def _count(self, product: Product, times: int, at: int, run: _Run) -> None:
         self._counted[at][run.batch] = times
         station = self.schedule.stations[at]
-        keys = self._experts_of(station) if station.all_experts else [product.key]
+        keys = self.keys_of(station) if station.all_experts else [product.key]
+        dense = self.dense.inputs_at(run.batch, at) if self.dense is not None and station.comparable else None
         for key, inputs in zip(keys, product.inputs if station.all_experts else [product.inputs], strict=True):
             # An expert that is multiplied with every token has zeros for those that were not sent to it.
             met = inputs[inputs.any(-1)] if station.all_experts else inputs
-            self._tally(station.weights[0] if key.expert is None else key).add(met)
+            self._tally(station.weights[0] if key.expert is None else key).add(
+                met, dense, held_out=run.batch in self.held_out
+            )
 
     def _tally(self, key: WeightKey) -> _Tally:
         if key not in self._tallies:
@@ -296,9 +328,17 @@ class LayerWalk:
         """Run the batches that met a postponed weight once more, now that all weights are finished."""
         late = {self.position.get(key, self.position.get(WeightKey(key.parameter, ALL), -1)) for key in self._postponed}
         late |= {at for at, station in enumerate(self.schedule.stations) if station.repeated}
-        for batch in sorted({batch for at in late for batch in self._counted.get(at, {})}):
+        batches = {batch for at in late for batch in self._counted.get(at, {})}
+        for batch in range(len(self.hidden)) if self._stale else sorted(batches):
             with torch.no_grad():
                 self._results[batch] = _finite(self.call(self.layer, self.hidden[batch], batch))
+
+    def start_over(self) -> None:
+        """Drop every batch that waits: it starts again from the layer's input, through the weights as they are now."""
+        for run in self._live.values():
+            self._end(run)
+        self._live.clear()
+        self._stale = not self._waiting  # all are through: only a run of their own can bring them up to date
 
     def _end_all(self) -> None:
         for run in [*self._live.values(), *([self._current] if self._current else [])]:

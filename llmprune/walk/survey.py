@@ -35,6 +35,11 @@ class Station:
     repeated: bool = False
     all_experts: bool = False
 
+    @property
+    def comparable(self) -> bool:
+        """Whether a dense forward has the same tokens here: routing differs, and a repeated weight has many inputs."""
+        return not self.repeated and self.weights[0].expert is None
+
 
 @dataclass(frozen=True)
 class Schedule:

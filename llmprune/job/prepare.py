@@ -1,0 +1,146 @@
+"""Before the work: everything that can fail early does so here, and nothing is changed yet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune.checkpoint import hub
+from llmprune.checkpoint.target import check_output
+from llmprune.config import EvaluationConfig, PruneConfig
+from llmprune.data import Corpus, bos_token, calibration_windows, load_corpus
+from llmprune.errors import UserError
+from llmprune.eval.perplexity import default_seq_len
+from llmprune.job.request import Job
+from llmprune.model import Loaded, load
+
+__all__ = ["Settled", "calibration", "check_early", "evaluation_texts", "load_model", "settle"]
+
+CPU_EVAL_TOKENS = 16_384
+"""Tokens of each data set that an evaluation on a CPU reads by default: minutes, not hours."""
+
+CHARACTERS_PER_TOKEN = 64
+"""How much text is read for each calibration token, so that the seed has a choice (a token has 3 to 5 characters)."""
+
+
+def check_early(job: Job) -> str | None:
+    """What needs no model: the output, and access to the Hub. Returns the repository to push to, if any."""
+    if job.output_dir is not None:
+        source = Path(job.model) if isinstance(job.model, str) and Path(job.model).is_dir() else None
+        check_output(job.output_dir, overwrite=job.overwrite, source=source, need_bytes=0)
+    if job.push_to_hub is None:
+        return None
+    if job.output_dir is None and not job.default_output:
+        raise UserError("pushing needs a saved and verified checkpoint: give output_dir too.")
+    return hub.check_access(job.push_to_hub or None, _default_name(job.config, _base_name(job.model)))
+
+
+def load_model(job: Job) -> Loaded:
+    """The model, loaded or as it was given."""
+    if isinstance(job.model, str | os.PathLike):
+        name = os.fspath(job.model)
+        return load(name, revision=job.revision, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    name = getattr(job.model.config, "_name_or_path", "") or type(job.model).__name__
+    source = Path(name) if Path(name).is_dir() else None
+    return Loaded(job.model, job.tokenizer, name, Path(name).name, None, source)
+
+
+def settle(job: Job, loaded: Loaded, device: torch.device, say: Callable[[str], None]) -> Settled:
+    """Fill in what depends on the model, so that the report holds the numbers that were used."""
+    limit = default_seq_len(loaded.model.config)
+    given = job.dataset.shape[-1] if isinstance(job.dataset, torch.Tensor) else None
+    seq_len = job.config.seq_len or given or limit
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and seq_len > longest:
+        raise UserError(f"--seq-len may be at most {longest} for this model; got {seq_len}.")
+    config = replace(job.config, seq_len=seq_len)
+    if isinstance(job.dataset, torch.Tensor):
+        config = replace(config, num_samples=min(config.num_samples, len(job.dataset)))
+    tokens = job.evaluation.eval_tokens
+    if tokens is None and device.type == "cpu" and job.evaluation.eval_dataset:
+        tokens = max(CPU_EVAL_TOKENS, seq_len)
+        say(f"On a CPU, perplexity is measured on the first {tokens:,} tokens of each data set (--eval-tokens).")
+    evaluation = replace(job.evaluation, eval_tokens=tokens, eval_seq_len=job.evaluation.eval_seq_len or seq_len)
+    return Settled(config, evaluation, _target(job, config, loaded))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A job's settings with nothing left open.
+
+    target : the directory of the checkpoint, checked; None: it is not saved
+    """
+
+    config: PruneConfig
+    evaluation: EvaluationConfig
+    target: Path | None
+
+
+def calibration(job: Job, config: PruneConfig, loaded: Loaded) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The calibration tokens (num_samples, seq_len), and where they come from."""
+    assert config.seq_len is not None
+    source = config.dataset if job.dataset is None else job.dataset
+    if isinstance(source, torch.Tensor):
+        origin, bos = {"name": f"token ids {tuple(source.shape)} given"}, None  # token ids are taken as they are
+    else:
+        if loaded.tokenizer is None:
+            raise UserError("a model in memory needs its tokenizer, to turn text into tokens: give tokenizer=… too.")
+        source = load_corpus(
+            source,
+            purpose="calibration",
+            text_column=config.text_column,
+            tokenizer=loaded.tokenizer,
+            enough_characters=CHARACTERS_PER_TOKEN * config.num_samples * config.seq_len,
+        )
+        origin = {"name": source.name, **source.provenance}
+        bos = bos_token(config.bos, loaded.tokenizer, loaded.model.config.model_type)  # type: ignore[arg-type]
+    windows = calibration_windows(
+        source,
+        loaded.tokenizer,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        bos=bos,
+    )
+    return windows, origin
+
+
+def evaluation_texts(evaluation: EvaluationConfig, loaded: Loaded) -> list[Corpus]:
+    """The texts to measure perplexity on."""
+    tokens = evaluation.eval_tokens
+    if evaluation.eval_dataset and loaded.tokenizer is None:
+        raise UserError("evaluation needs the model's tokenizer: give tokenizer=… too, or no eval_dataset.")
+    return [
+        load_corpus(
+            name,
+            purpose="evaluation",
+            tokenizer=loaded.tokenizer,
+            enough_characters=None if tokens is None else CHARACTERS_PER_TOKEN * tokens,
+        )
+        for name in evaluation.eval_dataset
+    ]
+
+
+def _target(job: Job, config: PruneConfig, loaded: Loaded) -> Path | None:
+    path = job.output_dir
+    if path is None and job.default_output:
+        path = Path(_default_name(config, loaded.base_name))
+    if path is None:
+        return None
+    size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    return check_output(path, overwrite=job.overwrite, source=loaded.directory, need_bytes=size)
+
+
+def _default_name(config: PruneConfig, base: str) -> str:
+    return f"{base}-{config.name_suffix}"
+
+
+def _base_name(model: Any) -> str:
+    if isinstance(model, str | os.PathLike):
+        return Path(os.fspath(model)).name.removesuffix(".gguf")
+    return Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name

@@ -1,0 +1,63 @@
+"""What is asked for, who watches, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmprune.checkpoint.report import Report
+from llmprune.config import EvaluationConfig, PruneConfig
+from llmprune.pipeline import Watcher
+
+__all__ = ["Job", "Observer", "PruneResult"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the command line can say, beside the two configs.
+
+    model : hub id, directory, `.gguf` file, `demo`, or a transformers model in memory (which needs `tokenizer`)
+    output_dir : where the checkpoint goes; None: it is not saved
+    push_to_hub : repository id, "" for the default name in one's own namespace, None: no push
+    """
+
+    model: Any
+    config: PruneConfig = field(default_factory=PruneConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    dataset: Any = None
+    tokenizer: Any = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+    output_dir: Path | None = None
+    default_output: bool = False
+    overwrite: bool = False
+    max_shard_size: str = "5GB"
+    push_to_hub: str | None = None
+    hub_private_repo: bool = False
+
+
+class Observer(Watcher):
+    """Told what a job does, so that a person can see it. This one looks away."""
+
+    def stage(self, name: str) -> None:
+        """A new stage begins."""
+
+    def evaluated(self, done: int, total: int) -> None:
+        """So many windows of an evaluation are done."""
+
+    def say(self, sentence: str) -> None:
+        """Something worth knowing."""
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """model : pruned, in memory; report : what was done and measured; directory, url : where it was saved and pushed"""
+
+    model: Any
+    tokenizer: Any
+    report: Report
+    directory: Path | None = None
+    url: str | None = None

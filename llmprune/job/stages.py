@@ -1,0 +1,181 @@
+"""The stages of a job, in order."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import llmprune
+from llmprune.checkpoint import hub
+from llmprune.checkpoint.layout import fingerprint, saved_ties
+from llmprune.checkpoint.probe import take_probe
+from llmprune.checkpoint.report import REPORT, Report, command_line, describe_tensors, tool_versions, totals
+from llmprune.checkpoint.save import check_generation_config, write
+from llmprune.checkpoint.target import publish
+from llmprune.checkpoint.verify import SAME_LOGITS, Verification, verify
+from llmprune.data import Corpus
+from llmprune.errors import HubError
+from llmprune.eval.perplexity import Perplexity, evaluate
+from llmprune.job.prepare import calibration, check_early, evaluation_texts, load_model, settle
+from llmprune.job.request import Job, Observer, PruneResult
+from llmprune.machine import device_named, peak_memory, placed
+from llmprune.model import Loaded, quiet_transformers
+from llmprune.pipeline import Pruned, prune_layers, survey_model
+
+__all__ = ["run"]
+
+
+def run(job: Job, observer: Observer | None = None) -> PruneResult:
+    """Do the job. See the top of this file for the order, and `Job` for what it takes."""
+    return _Run(job, observer or Observer()).go()
+
+
+class _Run:
+    """One job under way: what it knows so far, stage by stage."""
+
+    def __init__(self, job: Job, observer: Observer) -> None:
+        self.job, self.observer = job, observer
+        self.config, self.evaluation = job.config, job.evaluation
+        self.origin: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.device = device_named(job.device)
+
+    def go(self) -> PruneResult:
+        repo = check_early(self.job)
+        with self._stage("load"):
+            loaded = load_model(self.job)
+            settled = settle(self.job, loaded, self.device, self.observer.say)
+            self.config, self.evaluation, target = settled.config, settled.evaluation, settled.target
+            self.notes += [*loaded.notes, *check_generation_config(loaded.model)]
+        with self._stage("read texts"):
+            windows, self.origin = calibration(self.job, self.config, loaded)
+            corpora = evaluation_texts(self.evaluation, loaded)
+        with self._stage("survey"):
+            survey = survey_model(loaded.model, windows, self.config, device=self.device)
+        before = self._evaluate("evaluate dense", loaded, corpora)
+        with self._stage("prune"):
+            digests = fingerprint(loaded.model)
+            pruned = prune_layers(
+                loaded.model, windows, self.config, device=self.device, watcher=self.observer, survey=survey
+            )
+        report = self._report(loaded, pruned, digests, before)
+        if target is not None:
+            with self._stage("save and verify"), quiet_transformers():
+                report = self._save(loaded, report, target)
+        try:
+            return self._finish(loaded, report, corpora, target, repo)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(str(target) if target is not None else "") from None
+
+    def _finish(
+        self, loaded: Loaded, report: Report, corpora: list[Corpus], target: Path | None, repo: str | None
+    ) -> PruneResult:
+        """What comes after the model is safe: the second evaluation and the push."""
+        after = self._evaluate("evaluate pruned", loaded, corpora)
+        report = replace(report, after=after, seconds=dict(self.seconds), peak_memory_bytes=peak_memory(self.device))
+        if target is not None:
+            _replace_report(report, target)
+        result = PruneResult(loaded.model, loaded.tokenizer, report, target)
+        if target is None or repo is None:
+            return result
+        try:
+            with self._stage("push"):
+                return replace(result, url=hub.push(target, repo, private=self.job.hub_private_repo))
+        except HubError as error:
+            error.result = result
+            raise
+
+    def _evaluate(self, stage: str, loaded: Loaded, corpora: Sequence[Corpus]) -> tuple[dict[str, Any], ...]:
+        if not corpora:
+            return ()
+        with self._stage(stage), placed(loaded.model, self.device):
+            results: list[Perplexity] = [
+                evaluate(
+                    loaded.model,
+                    loaded.tokenizer,
+                    corpus,
+                    tokens=self.evaluation.eval_tokens,
+                    seq_len=self.evaluation.eval_seq_len,
+                    bos=self.config.bos,  # type: ignore[arg-type]
+                    progress=self.observer.evaluated,
+                )
+                for corpus in corpora
+            ]
+        return tuple(asdict(result) for result in results)
+
+    def _report(
+        self, loaded: Loaded, pruned: Pruned, digests: dict[str, str], before: tuple[dict[str, Any], ...]
+    ) -> Report:
+        tensors = describe_tensors(loaded.model, pruned.weights, before=digests, adjusted=pruned.adjusted)
+        return Report(
+            versions=tool_versions(self.device),
+            command=command_line(),
+            config={**asdict(self.config), **asdict(self.evaluation), "dtype": self.job.dtype},
+            source={"id": loaded.name, "revision": loaded.revision, "calibration": self.origin},
+            pruned=tuple(pruned.weights),
+            skipped=tuple(pruned.skipped),
+            tuned=tuple(pruned.tuned),
+            totals=totals(pruned.weights, tensors),
+            tensors=tensors,
+            ties=saved_ties(loaded.model),
+            before=before,
+            seconds=dict(self.seconds),
+            peak_memory_bytes=peak_memory(self.device),
+            notes=tuple(self.notes),
+        )
+
+    def _save(self, loaded: Loaded, report: Report, target: Path) -> Report:
+        provenance = {
+            "llmprune_version": llmprune.__version__,
+            "model": loaded.name,
+            "revision": loaded.revision,
+            **report.config,
+        }
+        probe = take_probe(loaded.model)
+        with publish(target, overwrite=self.job.overwrite) as directory:
+            carried = write(
+                loaded.model,
+                loaded.tokenizer,
+                directory,
+                source=loaded.directory,
+                max_shard_size=self.job.max_shard_size,
+                provenance=provenance,
+            )
+            report = replace(
+                report, tensors={**report.tensors, **carried.tensors}, notes=(*report.notes, *carried.notes)
+            )
+            report.write(directory)
+            proof = verify(directory, probe=probe, trust_remote_code=self.job.trust_remote_code)
+            if not isinstance(self.job.model, str | os.PathLike) and _only_logits_differ(proof):
+                note = "the reloaded model's logits differ from the given one's, whose buffers must have been cast"
+                report = replace(report, notes=(*report.notes, note))
+                report.write(directory)
+            else:
+                proof.raise_if_failed()
+        return report
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.observer.stage(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _only_logits_differ(proof: Verification) -> bool:
+    """A model given in memory may have been cast with its buffers (`model.half()`): its files are right even so."""
+    return [check.what for check in proof.checks if not check.ok] == [SAME_LOGITS]
+
+
+def _replace_report(report: Report, directory: Path) -> None:
+    """Write the finished report over the one that was saved with the model, in one step."""
+    scratch = directory / ".report"
+    scratch.mkdir(exist_ok=True)
+    report.write(scratch).replace(directory / REPORT)
+    scratch.rmdir()

@@ -1,0 +1,169 @@
+"""ALPS: choose the mask and the weights together, by operator splitting, then solve on the mask
+(Meng, Behdin, Wang & Mazumder, 2024, https://arxiv.org/abs/2406.07831).
+
+Of the layer's error tr((Y − T) H (Y − T)ᵀ) and the wish that Y be sparse, each alone is easy: the one is a linear
+system, the other a choice of the largest entries. ADMM solves them in turn and pulls the two answers Y and Z together
+with a penalty ρ, which is raised while the mask still changes, fast when it changes much; when it rests, conjugate
+gradients find the best values on it. Columns are scaled by the size of their inputs first, so that the largest entries
+are the largest in Wanda's sense.
+
+The splitting keeps Z = P(S) and the scaled dual U = S − P(S), S = Y + U. Both are parts of one matrix S: Z what is
+kept of it and U what is dropped. So S and the mask are all the state there is, and Z − U is S with the sign of the
+dropped entries turned.
+
+One inverse of H + ρI for each of the ten to fifteen penalties, then one product a step, is what a step costs. An
+eigendecomposition would serve all penalties, but costs two products a step and more than all the inverses together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import NumericError, UserError
+from llmprune.methods.solution import Solution
+from llmprune.sparsity.least_squares import LeastSquares
+from llmprune.sparsity.masks import mask_per_matrix, nm_mask, row_blocks
+from llmprune.sparsity.pattern import NM, Pattern, Unstructured
+from llmprune.sparsity.statistics import Hessian, Statistic
+
+__all__ = ["Alps"]
+
+PATIENCE = 3
+"""Steps between two looks at how much the mask has changed."""
+
+RAISE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+"""Where more than this share of the kept entries has changed, the penalty is multiplied by that (the paper's)."""
+
+SAMPLE = 1 << 16
+"""While the mask still moves, the threshold of a whole matrix is read off so many of its entries."""
+
+
+@dataclass(frozen=True)
+class Alps:
+    """ℓ0-constrained layer-wise reconstruction.
+
+    dampening_frac : added to H's diagonal, as a fraction of its mean
+    first_penalty : ρ at the start, relative to the unit diagonal of the scaled Hessian
+    admm_steps : at most so many steps for the mask
+    refit_steps : conjugate-gradient steps on the mask
+
+    The paper starts at 0.1, goes on until the mask rests (some 45 steps) and refits with 10. On layers of SmolLM2-135M
+    the defaults leave an error on unseen text within 1 % of that one, in a quarter of the time.
+    """
+
+    dampening_frac: float = 0.01
+    first_penalty: float = 0.4
+    admm_steps: int = 12
+    refit_steps: int = 5
+
+    statistic: ClassVar[type[Statistic] | None] = Hessian
+    scope: ClassVar[str] = "matrix"
+
+    def __post_init__(self) -> None:
+        for name in ("admm_steps", "refit_steps"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise UserError(f"{name} is a number of steps, at least 1; got {value!r}.")
+        if not self.first_penalty > 0:
+            raise UserError(f"first_penalty is a positive number, usually 0.1 to 0.5; got {self.first_penalty!r}.")
+
+    def prune(
+        self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, rows: Sequence[int] | None = None
+    ) -> Solution:
+        """Prune and repair.
+
+        Parameters
+        ----------
+        weight : (out_features, in_features) float32; several linears with the same input may be stacked
+        statistic : Hessian of the inputs
+        rows : output rows of each stacked linear: zeros are counted per linear, never over the stack
+
+        Raises
+        ------
+        NumericError
+            if the damped Hessian is not positive definite.
+        """
+        assert isinstance(statistic, Hessian)
+        problem = LeastSquares.of(weight, statistic.matrix, self.dampening_frac)
+        choice = _Choice(pattern, row_blocks(weight, rows))
+        keep = choice.exact(problem.target)
+        if not (problem.target.masked_fill(keep, 0) != 0).any():  # it has the pattern already: nothing to repair
+            mask = keep.T.contiguous()
+            return Solution(weight.where(mask, 0), mask)
+        state = _admm(problem, choice, keep, penalty=self.first_penalty, steps=self.admm_steps)
+        keep = choice.exact(state)
+        solved = problem.solve_on(keep, state.mul_(keep), self.refit_steps)
+        mask = keep.T.contiguous()
+        return Solution(problem.from_scaled(solved).where(mask, 0), mask)
+
+
+def _admm(problem: LeastSquares, choice: _Choice, keep: Tensor, *, penalty: float, steps: int) -> Tensor:
+    """The state S (in_features, out_features) when the mask rests, or after so many steps."""
+    state = problem.target * keep
+    inverse, before, kept = _inverse(problem.matrix, penalty), keep, keep.sum().item()
+    sign, pulled = torch.empty_like(state), torch.empty_like(state)  # once: at every step they would cost as much again
+    for step in range(1, steps + 1):
+        torch.mul(keep, 2 * penalty, out=sign).sub_(penalty)
+        torch.addcmul(problem.product, state, sign, out=pulled)  # B + ρ(Z − U)
+        torch.mul(state, keep.logical_not(), out=state).addmm_(inverse, pulled)  # U + Y
+        keep = choice.quick(state)
+        if step % PATIENCE:
+            continue
+        changed = (keep != before).sum().item() / 2 / kept
+        if changed == 0:
+            break
+        factor = next(factor for share, factor in RAISE if changed > share)
+        penalty, before = penalty * factor, keep
+        state = torch.where(keep, state, state / factor)  # the dual itself stays; U is the dual divided by ρ
+        inverse = _inverse(problem.matrix, penalty)
+    return state
+
+
+def _inverse(matrix: Tensor, penalty: float) -> Tensor:
+    shifted = matrix.clone()
+    shifted.diagonal().add_(penalty)
+    lower, failed = torch.linalg.cholesky_ex(shifted)
+    if failed:
+        raise NumericError("the Hessian holds NaN or inf.")
+    return torch.cholesky_inverse(lower)
+
+
+class _Choice:
+    """The largest entries that a pattern lets stay, of transposed stacks (in_features, sum of rows)."""
+
+    def __init__(self, pattern: Pattern, linears: Sequence[slice]) -> None:
+        self.pattern, self.linears = pattern, linears
+
+    def exact(self, values: Tensor) -> Tensor:
+        """The mask, with the exact count of each linear."""
+        if isinstance(self.pattern, NM):
+            return nm_mask(values.abs(), self.pattern.n, self.pattern.m, dim=0)
+        return self._each_linear(values.abs(), mask_per_matrix)
+
+    def quick(self, values: Tensor) -> Tensor:
+        """The same for N:M; for a whole matrix the count is only nearly right."""
+        if isinstance(self.pattern, NM):
+            return self.exact(values)
+        return self._each_linear(values.abs(), _over_sampled_threshold)
+
+    def _each_linear(self, scores: Tensor, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
+        assert isinstance(self.pattern, Unstructured)
+        keep = torch.empty_like(scores, dtype=torch.bool)
+        for linear in self.linears:
+            part = scores[:, linear]
+            keep[:, linear] = choose(part, self.pattern.zeros_of(part.numel()))
+        return keep
+
+
+def _over_sampled_threshold(scores: Tensor, zeros: int) -> Tensor:
+    every = max(1, scores.numel() // SAMPLE)
+    while math.gcd(every, scores.shape[1]) > 1:  # or some columns would never be looked at
+        every += 1
+    sample = scores.flatten()[::every]
+    rank = min(max(1, round(zeros / every)), sample.numel())
+    return scores > sample.kthvalue(rank).values

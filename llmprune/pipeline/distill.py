@@ -1,0 +1,113 @@
+"""Distillation: all kept weights together, towards the dense model's own predictions.
+
+Layer by layer each repair is blind to what the next layers do with its error. Where the whole model fits in memory
+several times over, the last step needs no such blindness: gradient descent on the divergence between the dense model's
+next-token distribution and the pruned one's, on the calibration windows, masks fixed. What the dense model predicts is
+written down before it is pruned: its most likely tokens at every position and the rest of the probability in one sum,
+so that no second model is needed. The divergence over these classes never exceeds the full one.
+
+Windows held out decide which pass was the best, none included, as in `walk/tuning.py`, whose loop this is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.results import TunedPart
+from llmprune.walk.tuning import tune
+
+__all__ = ["Predictions", "distill", "divergence", "predictions"]
+
+TOP = 128
+"""Most likely tokens that are written down at each position."""
+
+LEARNING_RATE = 5e-5
+"""At the first step; see `walk/tuning.py` for how it falls."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model expects next, at every position of a batch.
+
+    tokens : the most likely ones, (batch, seq_len, TOP) int32
+    logs : their log-probabilities, (batch, seq_len, TOP) float16
+    """
+
+    tokens: Tensor
+    logs: Tensor
+
+
+def predictions(model: nn.Module, batches: Sequence[Tensor]) -> list[Predictions]:
+    """Per batch of token ids (batch, seq_len), what the model expects next: TOP · 6 bytes a token, on the CPU."""
+    found = []
+    with torch.no_grad():
+        for ids in batches:
+            logs = _logits(model, ids).log_softmax(-1)
+            top = logs.topk(min(TOP, logs.shape[-1]))
+            found.append(Predictions(top.indices.int().cpu(), top.values.half().cpu()))
+    return found
+
+
+def divergence(logits: Tensor, wanted: Predictions) -> Tensor:
+    """Mean KL divergence, in nats a token, of the model's distribution from the wanted one.
+
+    Parameters
+    ----------
+    logits : (batch, seq_len, vocabulary)
+    """
+    logs = logits.float().log_softmax(-1).gather(-1, wanted.tokens.to(logits.device, torch.int64))
+    truth = wanted.logs.to(logits.device).float()
+    rest, rest_truth = _log_of_rest(logs), _log_of_rest(truth)
+    seen = (truth.exp() * (truth - logs)).sum(-1)
+    return (seen + rest_truth.exp() * (rest_truth - rest)).mean()
+
+
+def distill(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    wanted: Sequence[Predictions],
+    *,
+    masks: Mapping[str, Tensor],
+    held_out: frozenset[int],
+    passes: int,
+) -> TunedPart:
+    """Adjust the pruned parameters of `model` in place, each in its own dtype.
+
+    Parameters
+    ----------
+    masks : by name of a parameter, what is kept of it (True), of the parameter's own shape
+    wanted : of the dense model, per batch
+    held_out : batches that are not trained on but decide
+    """
+    parameters = dict(model.named_parameters())
+    losses = [partial(_loss, model, ids, target) for ids, target in zip(batches, wanted, strict=True)]
+    return tune(
+        "model",
+        [(parameters[name], mask) for name, mask in masks.items()],
+        losses,
+        held_out=held_out,
+        passes=passes,
+        dtypes=[parameters[name].dtype for name in masks],
+        learning_rate=LEARNING_RATE,
+    )
+
+
+def _loss(model: nn.Module, ids: Tensor, wanted: Predictions) -> Tensor:
+    return divergence(_logits(model, ids), wanted)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+    return logits
+
+
+def _log_of_rest(logs: Tensor) -> Tensor:
+    """Log of the probability that is not in the listed classes; a little is always left, so that it is finite."""
+    return (1 - logs.exp().sum(-1)).clamp_min(1e-6).log()

@@ -1,0 +1,219 @@
+"""Layer by layer, group by group: the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.config import PruneConfig
+from llmprune.errors import LlmpruneError
+from llmprune.machine import free_bytes, give_back_memory
+from llmprune.pipeline.distill import distill, predictions
+from llmprune.pipeline.groups import Place, prune_group, recounted
+from llmprune.pipeline.masks import StoredMasks
+from llmprune.pipeline.permute import PROOF_TOKENS, Permuter
+from llmprune.pipeline.survey import Survey, survey_model
+from llmprune.pipeline.tuner import Tuner
+from llmprune.pipeline.walkable import caller, dtype_on, record_layers, walkable
+from llmprune.results import PrunedWeight, SkippedWeight, TunedPart
+from llmprune.sparsity.pattern import NM
+from llmprune.walk.dense_path import DensePath
+from llmprune.walk.lockstep import LayerWalk
+from llmprune.walk.recorder import record
+from llmprune.walk.resident import resident
+from llmprune.walk.survey import Schedule
+
+__all__ = ["Pruned", "Watcher", "prune_layers"]
+
+HELD_OUT = 8
+"""Every so many-th batch is kept apart, to choose settings on what the others do not show; the last of fewer ones."""
+
+
+@dataclass
+class Pruned:
+    """Which weights were pruned, which matrices were left dense and why, which other parameters were
+    changed, and which parts were tuned."""
+
+    weights: list[PrunedWeight] = field(default_factory=list)
+    skipped: list[SkippedWeight] = field(default_factory=list)
+    adjusted: set[str] = field(default_factory=set)
+    tuned: list[TunedPart] = field(default_factory=list)
+
+
+class Watcher:
+    """Told what happens, so that a person can see it. This one looks away."""
+
+    def start(self, layers: int) -> None:
+        """The model was surveyed; so many layers follow."""
+
+    def pruned(self, weight: PrunedWeight) -> None:
+        """A weight was pruned."""
+
+    def tuned(self, part: TunedPart) -> None:
+        """A part of a layer was tuned."""
+
+    def layer_done(self, index: int) -> None:
+        """A layer is finished."""
+
+
+def prune_layers(
+    model: nn.Module,
+    windows: Tensor,
+    config: PruneConfig,
+    *,
+    device: torch.device,
+    watcher: Watcher | None = None,
+    survey: Survey | None = None,
+) -> Pruned:
+    """Prune the decoder layers of `model` in place.
+
+    Parameters
+    ----------
+    windows : calibration tokens (num_samples, seq_len) int64
+    device : where layers are computed, one at a time; the model itself may stay on the CPU
+    survey : what `survey_model` found, if it was asked before; else it is asked now
+
+    Raises
+    ------
+    UserError
+        as `survey_model`, before anything has changed.
+    NumericError
+        naming the layer and weight; the layers before it are pruned already.
+    """
+    watcher = watcher or Watcher()
+    survey = survey or survey_model(model, windows, config, device=device)
+    result = Pruned(skipped=survey.skipped)
+    if config.recipe.statistic is None and not config.tune and not config.distill:
+        windows = windows[: config.batch_size]  # nothing is learned from the data: one batch shows the errors
+    watcher.start(len(survey.decoder.layers))
+    batches = list(windows.split(config.batch_size))
+    with walkable(model):
+        wanted = predictions(model, batches) if config.distill else []
+        loop = _Loop(model, batches, config, survey, device)
+        give_back_memory()  # what loading and the survey left
+        for index in range(len(survey.decoder.layers)):
+            result.weights += loop.prune_layer(index, result, watcher)
+            give_back_memory()
+            watcher.layer_done(index)
+        if config.distill:
+            loop.pruned.hidden = []
+            result.tuned.append(
+                distill(model, batches, wanted, masks=loop.masks, held_out=loop.held_out, passes=config.distill)
+            )
+            watcher.tuned(result.tuned[-1])
+            result.weights = recounted(model, result.weights)
+    return result
+
+
+class _Loop:
+    """What goes from layer to layer: how each is called, and the hidden states of the pruned and of the dense model."""
+
+    def __init__(
+        self, model: nn.Module, batches: list[Tensor], config: PruneConfig, survey: Survey, device: torch.device
+    ) -> None:
+        self.model, self.config, self.survey, self.device = model, config, survey, device
+        self.recipe = config.recipe
+        self.masks: dict[str, Tensor] = {}
+        self.pruned = record_layers(model, survey.decoder, batches, device)
+        # Recorded twice, because some layers share state through their arguments.
+        compared = self.recipe.dense_targets or config.tune
+        self.dense = record_layers(model, survey.decoder, batches, device) if compared else None
+        self.permuter = self._permuter(model, batches)
+        every = min(HELD_OUT, max(2, len(batches)))
+        held_out = frozenset(range(every - 1, len(batches), every))
+        self.held_out = held_out if compared or config.distill else frozenset()
+
+    def prune_layer(self, index: int, result: Pruned, watcher: Watcher) -> list[PrunedWeight]:
+        """Prune one layer and let its outputs take the place of its inputs."""
+        layer, prefix = self.survey.decoder.layers[index], self.survey.decoder.prefixes[index]
+        schedule, rows = self.survey.schedules[index], []
+        with resident(layer, self.device, dtype_on(self.device, layer)) as stored, _naming(prefix):
+            place = Place(index, prefix, schedule, stored, result.adjusted)
+            masks = StoredMasks(layer, schedule)
+            if self.permuter is not None:
+                call = caller(self.pruned, index)
+                moved = self.permuter.permute(layer, index, schedule, self.pruned.hidden, call)
+                scheduled = {key.parameter for station in schedule.stations for key in station.weights}
+                result.adjusted |= {prefix + name for name in moved - scheduled}
+            with self._dense_path(layer, index, schedule) as dense:
+                walk = self._walk(layer, index, dense if self.recipe.dense_targets else None)
+                tuner = self._tuner(walk, dense, index, stored)
+                with closing(iter(walk)) as groups:  # closed at once, not when it is collected, if a solve fails
+                    for group in groups:
+                        for row in prune_group(group, self.recipe, self.config.pattern, place):
+                            rows.append(row)
+                            watcher.pruned(row)
+                        masks.add(place.masks)
+                        for part in tuner.pruned(group, masks) if tuner else ():
+                            result.tuned.append(replace(part, part=prefix + part.part))
+                            watcher.tuned(result.tuned[-1])
+                if dense is not None:
+                    dense.outputs()
+        self.pruned.hidden = walk.outputs
+        if self.config.distill:
+            self.masks |= {prefix + name: mask.cpu() for name, mask in masks.of.items()}
+        for recording in filter(None, (self.pruned, self.dense)):
+            recording.calls[index] = []
+        return rows if tuner is None else recounted(self.model, rows)
+
+    def _permuter(self, model: nn.Module, batches: list[Tensor]) -> Permuter | None:
+        if not self.config.permute or not isinstance(self.config.pattern, NM):
+            return None
+        ids = batches[0][:1, :PROOF_TOKENS].to(next(model.parameters()).device)
+        return Permuter(record(model, self.survey.decoder.layers, [ids], place=_float64), self.config.pattern)
+
+    def _walk(self, layer: nn.Module, index: int, dense: DensePath | None) -> LayerWalk:
+        schedule = self.survey.schedules[index]
+        return LayerWalk(
+            layer,
+            self.pruned.hidden,
+            caller(self.pruned, index),
+            schedule,
+            kind=self.recipe.statistic,
+            capacity=self._capacity(schedule),
+            dense=dense,
+            held_out=self.held_out,
+        )
+
+    def _tuner(
+        self, walk: LayerWalk, dense: DensePath | None, index: int, stored: dict[str, torch.dtype]
+    ) -> Tuner | None:
+        if dense is None or not self.config.tune:
+            return None
+        return Tuner(walk, dense, caller(self.pruned, index), stored=stored, passes=self.config.tune)
+
+    @contextmanager
+    def _dense_path(self, layer: nn.Module, index: int, schedule: Schedule) -> Iterator[DensePath | None]:
+        if self.dense is None:
+            yield None
+            return
+        calls, capacity = caller(self.dense, index), self._capacity(schedule)
+        with closing(DensePath(layer, self.dense.hidden, calls, schedule, capacity=capacity)) as dense:
+            yield dense
+
+    def _capacity(self, schedule: Schedule) -> int:
+        """How many batches may wait at once: as many as fill half of the memory that is free."""
+        per_batch = max(1, schedule.waiting_bytes * self.config.batch_size) * (2 if self.dense else 1)
+        return max(1, free_bytes(self.device) // 2 // per_batch)
+
+
+class _naming:  # noqa: N801 - reads as a word in a with statement
+    """Puts the layer's name before the text of our own errors."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
+        if isinstance(error, LlmpruneError) and error.args:
+            error.args = (f"{self.prefix.rstrip('.')}: {error.args[0]}", *error.args[1:])
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

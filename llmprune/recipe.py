@@ -1,0 +1,125 @@
+"""The steps that a group of weights goes through, on tensors: target, then mask and weights, then refit.
+
+A method stands alone; a recipe puts steps before and after it. Each step is off unless it is asked for, and works with
+every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmprune.methods import Method, Solution
+from llmprune.sparsity.least_squares import refit
+from llmprune.sparsity.pattern import Pattern
+from llmprune.sparsity.statistics import Hessian, PairedHessian, Statistic
+from llmprune.sparsity.target import shifted_target
+
+__all__ = ["MeanInputs", "Recipe", "Solved"]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A pruned weight, and for each linear of the stack the step towards the dense path's target (None: not asked)."""
+
+    solution: Solution
+    steps: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are pruned.
+
+    method : chooses the mask, and the weights as its paper says
+    dense_targets : aim at the outputs that the dense model would give on its own inputs
+    refit : conjugate-gradient steps on the method's mask; 0: the method's weights stay
+    dampening_frac : of the refit, a fraction of the Hessian's mean diagonal
+    """
+
+    method: Method
+    dense_targets: bool = False
+    refit: int = 0
+    dampening_frac: float = 0.01
+
+    @property
+    def statistic(self) -> type[Statistic] | None:
+        """What the steps need to know of the inputs, all together."""
+        if self.dense_targets:
+            return PairedHessian
+        return Hessian if self.refit else self.method.statistic
+
+    def solve(
+        self,
+        weight: Tensor,
+        statistic: Statistic | None,
+        pattern: Pattern,
+        *,
+        rows: Sequence[int],
+        held: Statistic | None = None,
+        centred: bool = False,
+    ) -> Solved:
+        """Prune a stack of linears.
+
+        Parameters
+        ----------
+        weight : (out_features, in_features) float32
+        statistic : of the kind that `statistic` names, or a plain Hessian where nothing can be compared; used up
+        rows : output rows of each linear
+        held : of the held-out batches, for choosing the step towards the dense target; used up
+        centred : the biases will be refitted, so only the inputs' deviations from their mean matter
+
+        Raises
+        ------
+        NumericError
+            as the method.
+        """
+        target = weight
+        steps: tuple[float | None, ...] = (None,) * len(rows)
+        if centred and isinstance(statistic, PairedHessian):
+            statistic, held = statistic.centred(), held.centred() if isinstance(held, PairedHessian) else None
+        if isinstance(statistic, PairedHessian) and isinstance(held, PairedHessian) and held.tokens:
+            shift = shifted_target(weight, statistic, held, list(rows))
+            target, steps = shift.target, shift.step
+        if statistic is not None and held is not None:
+            statistic.merge(held)
+        solution = self.method.prune(target, statistic, pattern, rows)
+        if self.refit and isinstance(statistic, Hessian):
+            better = refit(
+                solution.weight,
+                solution.mask,
+                statistic.matrix,
+                target=target,
+                dampening_frac=self.dampening_frac,
+                steps=self.refit,
+            )
+            solution = replace(solution, weight=better)
+        return Solved(solution, steps)
+
+
+@dataclass(frozen=True)
+class MeanInputs:
+    """Mean inputs of a linear over the calibration tokens, (in_features,): its own, and the dense model's."""
+
+    own: Tensor
+    dense: Tensor
+
+    @classmethod
+    def of(cls, known: PairedHessian, held: Statistic | None) -> MeanInputs:
+        """From the statistics of all batches."""
+        parts = [known, *([held] if isinstance(held, PairedHessian) else [])]
+        tokens = max(sum(part.tokens for part in parts), 1e-30)
+        own = torch.stack([part.sums for part in parts]).sum(0) / tokens
+        return cls(own, own + torch.stack([part.shifts for part in parts]).sum(0) / tokens)
+
+    def bias(self, bias: Tensor, dense: Tensor, pruned: Tensor) -> Tensor:
+        """The bias with which a pruned linear's outputs have the dense one's mean, exactly, on these tokens.
+
+        Parameters
+        ----------
+        bias : (out_features,) of the dense linear
+        dense, pruned : weights (out_features, in_features) float32
+        """
+        return bias + dense @ self.dense - pruned @ self.own

@@ -1,0 +1,181 @@
+"""Tuning a part of a layer with its masks fixed, so that it gives what the dense model's part gave.
+
+The solvers make each linear nearly right by itself. Together, with the attention's softmax and the MLP's gate between
+them, they can still be better: gradient descent on the kept weights, from the pruned model's inputs to the dense
+model's outputs, on the same calibration windows (Wanda++, Yang et al., 2025, https://arxiv.org/abs/2503.04992;
+reconstructing attention and MLP apart: Wagner et al., 2025, https://arxiv.org/abs/2510.14444).
+
+Masks are re-applied after every step from the mask that was saved, never from `weight != 0`: a kept weight may pass
+through zero. Windows that are held out decide which pass was the best, the one before the first included, so tuning
+can end where it began but not in a worse place. Only this part's weights get gradients; what it holds besides the layer
+is its inputs, the targets and Adam's two moments, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from llmprune.results import TunedPart
+from llmprune.walk.recorder import hidden_of
+
+__all__ = ["Part", "distance", "parts_of", "tune"]
+
+LEARNING_RATE = 1e-4
+"""At the first step; falls along a cosine to a tenth of it."""
+
+
+def parts_of(parameters: Sequence[str]) -> dict[str, list[str]]:
+    """The parts of a layer to tune, and the names of the pruned parameters in each.
+
+    A part is a child of the layer, such as its attention and its MLP. Where pruned weights are linears of the layer
+    itself (OPT's fc1 and fc2), the whole layer is one part, named "".
+    """
+    parts: dict[str, list[str]] = {}
+    for name in parameters:
+        child, _, rest = name.partition(".")
+        if "." not in rest:
+            return {"": list(parameters)}
+        parts.setdefault(child, []).append(name)
+    return parts
+
+
+class Part:
+    """A part of a layer that can be called by itself, as the layer calls it.
+
+    Parameters
+    ----------
+    layer, name : the layer and the name of its child, or "" for the layer itself
+    call : runs the layer on one batch, (layer, hidden, batch number) → hidden states
+    """
+
+    def __init__(self, layer: nn.Module, name: str, call: Callable[[nn.Module, Tensor, int], Tensor]) -> None:
+        self.layer, self.call = layer, call
+        self.module = layer.get_submodule(name)
+
+    def inputs(self, hidden: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
+        """Per batch, a call of the part with what the layer, given these hidden states, calls it with now."""
+        if self.module is self.layer:
+            return [partial(self.call, self.layer, states, batch) for batch, states in enumerate(hidden)]
+        calls: list[Callable[[], Tensor]] = []
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(lambda: hidden_of(self.module(*args, **kwargs)))
+            raise _Seen
+
+        self._run(hidden, self.module.register_forward_pre_hook(keep, with_kwargs=True))
+        return calls
+
+    def outputs(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """Per batch, what the part gives now."""
+        found: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            found.append(hidden_of(output))
+            raise _Seen
+
+        self._run(hidden, self.module.register_forward_hook(keep))
+        return found
+
+    def _run(self, hidden: Sequence[Tensor], handle: RemovableHandle) -> None:
+        try:
+            with torch.no_grad():
+                for batch, states in enumerate(hidden):
+                    with suppress(_Seen):
+                        self.call(self.layer, states, batch)
+        finally:
+            handle.remove()
+
+
+class _Seen(Exception):
+    """What was looked for has come by: the rest of the layer's forward is not needed."""
+
+
+def tune(
+    part: str,
+    weights: Sequence[tuple[nn.Parameter, Tensor | None]],
+    losses: Sequence[Callable[[], Tensor]],
+    *,
+    held_out: frozenset[int],
+    passes: int,
+    dtypes: Sequence[torch.dtype],
+    learning_rate: float = LEARNING_RATE,
+) -> TunedPart:
+    """Adjust `weights` in place.
+
+    Parameters
+    ----------
+    weights : parameters and, where they are pruned, their masks (True = kept)
+    losses : per batch, computes how far the part is from what it should give
+    held_out : batches that are not trained on but decide
+    passes : at most so many times over all batches
+    dtypes : in which each parameter is stored: the result is rounded to it
+    """
+    parameters = [parameter for parameter, _ in weights]
+    masters = [parameter.detach().float().clone() for parameter in parameters]
+    masks = [mask for _, mask in weights]
+    training = [batch for batch in range(len(losses)) if batch not in held_out]
+    optimizer = torch.optim.Adam(masters, lr=learning_rate, betas=(0.9, 0.95))
+    steps = passes * len(training)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step / max(1, steps)))
+
+    def measure() -> float:
+        with torch.no_grad():
+            return sum(losses[batch]().item() for batch in held_out) / max(1, len(held_out))
+
+    first = best = measure()
+    kept, made = [master.clone() for master in masters], 0
+    order = torch.Generator().manual_seed(0)
+    for _ in range(passes):
+        for at in torch.randperm(len(training), generator=order).tolist():
+            _step(parameters, masters, masks, optimizer, losses[training[at]])
+            schedule.step()
+        now = measure()
+        made += 1
+        if now >= best:
+            break
+        best, kept = now, [master.clone() for master in masters]
+    for parameter, master, dtype in zip(parameters, kept, dtypes, strict=True):
+        parameter.data.copy_(master.to(dtype))
+    return TunedPart(part, first, best, made)
+
+
+def _step(
+    parameters: Sequence[nn.Parameter],
+    masters: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], Tensor],
+) -> None:
+    """One step of Adam on one batch, in float32, with masks on gradients and on weights."""
+    wanted = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(loss(), parameters)
+    for parameter, before in zip(parameters, wanted, strict=True):
+        parameter.requires_grad_(before)
+    for master, gradient, mask in zip(masters, gradients, masks, strict=True):
+        master.grad = gradient.float() if mask is None else gradient.float().mul_(mask)
+    optimizer.step()
+    for parameter, master, mask in zip(parameters, masters, masks, strict=True):
+        if mask is not None:
+            master.mul_(mask)
+        parameter.data.copy_(master)
+
+
+def distance(run: Callable[[], Tensor], target: Tensor) -> Tensor:
+    """Mean squared error of what `run` gives, relative to the target's mean square."""
+    output = run()
+    return (output.float() - target.float()).square().mean() / target.float().square().mean().clamp_min(1e-30)
+
+
+def _cosine(share: float) -> float:
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, share))

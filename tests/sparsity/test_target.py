@@ -1,0 +1,112 @@
+"""Targets from the dense path: against float64 regression, and the promise that a held-out error never grows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmprune.recipe import MeanInputs
+from llmprune.sparsity.statistics import PairedHessian
+from llmprune.sparsity.target import shifted_target
+from tests.methods.problems import CPU, inputs_like_a_models, random_weight
+
+WIDTH, OUT = 24, 16
+
+
+def paired(inputs: Tensor, dense: Tensor) -> PairedHessian:
+    statistic = PairedHessian(inputs.shape[1], CPU)
+    for part, other in zip(inputs.split(50), dense.split(50), strict=True):
+        statistic.update(part)
+        statistic.compare(part, other)
+    return statistic
+
+
+def changed_inputs(tokens: int, seed: int, noise: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Inputs of a pruned model and of the dense one, which differ in a way that can be predicted, and in noise."""
+    dense = inputs_like_a_models(tokens, WIDTH, seed)
+    mixing = torch.eye(WIDTH) + 0.1 * random_weight(WIDTH, WIDTH, seed=99)
+    noises = torch.randn(dense.shape, generator=torch.Generator().manual_seed(seed + 1000))
+    return dense @ mixing + noise * noises, dense
+
+
+def missing(inputs: Tensor, dense: Tensor, weight: Tensor, target: Tensor) -> float:
+    """‖X_d Wᵀ − X W*ᵀ‖² in float64."""
+    return float((dense.double() @ weight.double().T - inputs.double() @ target.double().T).square().sum())
+
+
+def test_the_statistic_is_what_its_text_says() -> None:
+    inputs, dense = changed_inputs(200, 0)
+    statistic, count = paired(inputs, dense), len(inputs)
+    expected = (dense - inputs).double().T @ inputs.double() / count
+    torch.testing.assert_close(statistic.difference.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        statistic.matrix.double(), inputs.double().T @ inputs.double() / count, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_centred_is_the_statistic_of_centred_inputs() -> None:
+    inputs, dense = changed_inputs(200, 0)
+    centred = paired(inputs + 3, dense - 1).centred()
+    expected = paired(inputs - inputs.mean(0), dense - dense.mean(0))
+    torch.testing.assert_close(centred.matrix, expected.matrix, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(centred.difference, expected.difference, rtol=1e-3, atol=1e-3)
+
+
+def test_with_plenty_of_tokens_it_is_the_regression_on_the_dense_outputs() -> None:
+    weight = random_weight(OUT, WIDTH)
+    known, held = (changed_inputs(20_000, seed) for seed in (0, 1))
+    shift = shifted_target(weight, paired(*known), paired(*held), [OUT])
+    inputs, dense = (torch.cat(pair).double() for pair in zip(known, held, strict=True))
+    truth = torch.linalg.lstsq(inputs, dense @ weight.double().T).solution.T
+    found, best = missing(*held, weight, shift.target), missing(*held, weight, truth)
+    assert best <= found < 1.1 * best
+    assert found < 0.5 * missing(*held, weight, weight)
+    assert shift.step[0] > 0.9
+
+
+@pytest.mark.parametrize("tokens", [8, 20, 60, 200])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_held_out_error_never_grows(tokens: int, seed: int) -> None:
+    """Also where the shift is learned from fewer tokens than there are inputs, and is mostly noise."""
+    weight = random_weight(OUT, WIDTH, seed)
+    known, held = changed_inputs(tokens, seed, noise=2.0), changed_inputs(100, seed + 50, noise=2.0)
+    statistic, other = paired(*known), paired(*held)
+    shift = shifted_target(weight, statistic, other, [OUT])
+    # Before the last step, which adds the held-out windows to what is known, the promise is exact.
+    gain = missing(*held, weight, weight) / len(held[0]) - shift.gain
+    assert shift.gain >= 0
+    assert gain >= -1e-3
+    assert missing(*held, weight, shift.target) <= 1.001 * missing(*held, weight, weight)
+
+
+def test_each_linear_of_a_stack_has_its_own_step() -> None:
+    """The second linear's dense outputs cannot be predicted from its inputs at all."""
+    inputs, dense = changed_inputs(4000, 0)
+    weight = random_weight(OUT, WIDTH)
+    weight[8:, 12:] = 0
+    known = paired(inputs, dense)
+    still = torch.cat([dense[:, :12], dense[:, 12:]], 1)
+    shift = shifted_target(weight, known, paired(*changed_inputs(4000, 1)), [8, 8])
+    alone = shifted_target(weight[:8], paired(inputs, still), paired(*changed_inputs(4000, 1)), [8])
+    assert len(shift.step) == 2
+    assert shift.step[0] == pytest.approx(alone.step[0], rel=1e-3)
+    torch.testing.assert_close(shift.target[:8], alone.target, rtol=1e-3, atol=1e-4)
+
+
+def test_equal_inputs_ask_for_no_shift() -> None:
+    dense = inputs_like_a_models(300, WIDTH)
+    weight = random_weight(OUT, WIDTH)
+    shift = shifted_target(weight, paired(dense, dense), paired(dense[:100], dense[:100]), [4, 12])
+    assert torch.equal(shift.target, weight)
+    assert shift.step == (0.0, 0.0)
+
+
+def test_the_refitted_bias_gives_the_dense_mean_exactly() -> None:
+    inputs, dense = changed_inputs(300, 0)
+    inputs, dense = inputs + 2, dense - 1
+    weight, pruned, bias = random_weight(OUT, WIDTH), random_weight(OUT, WIDTH, seed=7), random_weight(1, OUT)[0]
+    means = MeanInputs.of(paired(inputs[:200], dense[:200]), paired(inputs[200:], dense[200:]))
+    new = means.bias(bias, weight, pruned)
+    wanted = (dense @ weight.T + bias).mean(0)
+    torch.testing.assert_close((inputs @ pruned.T + new).mean(0), wanted, rtol=1e-3, atol=1e-3)

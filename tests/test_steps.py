@@ -1,0 +1,156 @@
+"""The steps around a method, on whole tiny models: permutation, distillation, and all of them together through a job."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import llmprune
+from llmprune.checkpoint.verify import verify
+from llmprune.config import PruneConfig
+from llmprune.pipeline import prune_layers
+from llmprune.pipeline.distill import Predictions, distill, divergence, predictions
+from llmprune.results import PrunedWeight
+from tests.builders import tiny_model, tiny_tokenizer
+from tests.walk.test_dense_path import CPU, IDS, spread
+
+TEXTS = ["the quick brown fox jumps over the lazy dog. " * 40, "pack my box with five dozen liquor jugs! " * 40]
+
+
+def run(model: Any, **settings: Any) -> Any:
+    return prune_layers(model, IDS, PruneConfig(**settings), device=CPU)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+# Permutation ----------------------------------------------------------------------------------------------------------
+
+
+def unpruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups come and go without a change: what is left is the permutation."""
+
+    def nothing(*_: Any) -> list[PrunedWeight]:
+        return []
+
+    monkeypatch.setattr("llmprune.pipeline.loop.prune_group", nothing)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "gpt_oss"])
+def test_features_change_places_and_the_model_stays_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpruned(monkeypatch)
+    model = spread(tiny_model(family))
+    before, dense = logits(model), copy.deepcopy(model)
+    result = run(model, method="magnitude", permute=True)
+    torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, dense.get_parameter(name))}
+    assert changed
+    unlisted = {name for name in changed if not name.endswith("weight") and "proj" not in name}
+    assert result.adjusted >= {name for name in unlisted if name.endswith("bias")}
+
+
+def test_the_pattern_keeps_more() -> None:
+    """Magnitude keeps the largest of each group, so the sum of what is kept shows what the order is worth."""
+    kept = []
+    for permute in (False, True):
+        model = spread(tiny_model("llama"))
+        run(model, method="magnitude", permute=permute)
+        kept.append(sum(layer.mlp.down_proj.weight.square().sum().item() for layer in model.model.layers))
+    assert kept[1] > 1.02 * kept[0]
+
+
+def test_unstructured_zeros_have_no_groups_to_order() -> None:
+    one, two = (spread(tiny_model("llama")) for _ in range(2))
+    run(one, method="magnitude", sparsity="50%", permute=True)
+    run(two, method="magnitude", sparsity="50%", permute=False)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+# Distillation ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_divergence_is_the_full_one_where_all_classes_are_listed() -> None:
+    model, other = spread(tiny_model("llama")), tiny_model("llama")
+    (wanted,) = predictions(model, [IDS[:2]])  # 64 classes, all listed
+    truth, own = logits(model)[:2].double().log_softmax(-1), logits(other)[:2].double().log_softmax(-1)
+    full = (truth.exp() * (truth - own)).sum(-1).mean()
+    assert divergence(logits(other)[:2], wanted).item() == pytest.approx(full.item(), rel=2e-3)
+    assert divergence(logits(model)[:2], wanted).item() == pytest.approx(0, abs=1e-3)  # float16
+
+
+def test_with_fewer_classes_it_is_never_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = spread(tiny_model("llama")), tiny_model("llama")
+    (all_classes,) = predictions(model, [IDS])
+    monkeypatch.setattr("llmprune.pipeline.distill.TOP", 5)
+    (some,) = predictions(model, [IDS])
+    assert some.tokens.shape == (6, 24, 5)
+    assert 0 < divergence(logits(other), some) < divergence(logits(other), all_classes)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+def test_distillation_brings_the_predictions_nearer_and_keeps_the_pattern(family: str) -> None:
+    dense, model, plain = (spread(tiny_model(family)) for _ in range(3))
+    result = run(model, method="wanda", distill=4)
+    run(plain, method="wanda")
+    part = result.tuned[-1]
+    assert part.part == "model"
+    assert part.after < part.before
+    (wanted,) = predictions(dense, [IDS])
+    assert divergence(logits(model), wanted) < divergence(logits(plain), wanted)
+    for row in result.weights:
+        weight = model.get_parameter(row.parameter).data
+        weight = weight if row.expert is None else weight[row.expert]
+        rows = weight if row.input_axis == 1 else weight.T
+        assert ((rows.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
+        assert int((weight == 0).sum()) == row.zeros
+
+
+def test_distillation_changes_nothing_else() -> None:
+    dense, model = (spread(tiny_model("llama")) for _ in range(2))
+    result = run(model, method="wanda", distill=2)
+    pruned = {row.parameter for row in result.weights}
+    for name, parameter in model.named_parameters():
+        assert name in pruned or torch.equal(parameter, dense.get_parameter(name)), name
+        assert parameter.grad is None
+
+
+def test_one_batch_alone_decides_nothing_and_is_not_trained_on() -> None:
+    model = spread(tiny_model("llama"))
+    before = copy.deepcopy(model)
+    (wanted,) = predictions(model, [IDS])
+    wrong = Predictions(wanted.tokens, wanted.logs)
+    masks = {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.bool)}
+    part = distill(model, [IDS], [wrong], masks=masks, held_out=frozenset({0}), passes=3)
+    assert part.after == part.before
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+# All of them ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+def test_every_effort_ends_in_a_checkpoint_that_verifies(family: str, effort: str, tmp_path: Path) -> None:
+    result = llmprune.prune(
+        spread(tiny_model(family)),
+        tokenizer=tiny_tokenizer(),
+        dataset=TEXTS,
+        num_samples=10,
+        seq_len=24,
+        effort=effort,
+        output_dir=tmp_path / "out",
+    )
+    proof = verify(tmp_path / "out")
+    assert proof.ok, proof.checks
+    assert result.report.config["effort"] == effort
+    touched = {name for name, held in result.report.tensors.items() if held.touched}
+    assert any(name.endswith("bias") for name in touched) == (family == "gpt2" and effort != "fast")
+    assert bool(result.report.tuned) == (effort == "best")

@@ -1,0 +1,150 @@
+"""Tuning parts of a layer: masks hold, held-out errors fall or stay, and only the part's weights change."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmprune.config import PruneConfig
+from llmprune.pipeline import prune_layers
+from llmprune.walk.tuning import Part, distance, parts_of, tune
+from tests.builders import tiny_model
+from tests.walk.test_dense_path import CPU, IDS, spread
+
+
+def settings(**more: Any) -> PruneConfig:
+    return PruneConfig(**{"method": "wanda", "tune": 3, **more})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("sparsity", ["2:4", "50%"])
+def test_a_tuned_model_has_its_pattern_and_smaller_errors(family: str, sparsity: str) -> None:
+    model, plain = spread(tiny_model(family)), spread(tiny_model(family))
+    result = prune_layers(model, IDS, settings(sparsity=sparsity), device=CPU)
+    before = prune_layers(plain, IDS, settings(sparsity=sparsity, tune=0), device=CPU)
+    assert len(result.tuned) == 4  # attention and MLP of two layers
+    assert all(part.after <= part.before for part in result.tuned)
+    assert any(part.after < 0.99 * part.before for part in result.tuned)
+    assert not before.tuned
+    for row in result.weights:
+        weight = model.get_parameter(row.parameter).data
+        weight = weight if row.expert is None else weight[row.expert]
+        rows = weight if row.input_axis == 1 else weight.T
+        assert int((rows == 0).sum()) == row.zeros
+        if sparsity == "2:4":
+            assert ((rows.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
+        else:
+            assert row.zeros >= rows.numel() // 2
+    untouched = {name for name, _ in model.named_parameters()} - {row.parameter for row in result.weights}
+    dense = spread(tiny_model(family))
+    assert all(torch.equal(model.get_parameter(name), dense.get_parameter(name)) for name in untouched)
+
+
+def test_the_whole_model_is_nearer_to_the_dense_one() -> None:
+    dense, tuned, plain = (spread(tiny_model("llama")) for _ in range(3))
+    prune_layers(tuned, IDS, settings(tune=10), device=CPU)
+    prune_layers(plain, IDS, settings(tune=0), device=CPU)
+    with torch.no_grad():
+        truth, better, worse = (m.model(IDS).last_hidden_state for m in (dense, tuned, plain))
+    assert (better - truth).square().mean() < 0.9 * (worse - truth).square().mean()
+
+
+def test_what_follows_is_calibrated_on_the_tuned_part() -> None:
+    """The MLP of the first layer sees the tuned attention: its own masks differ from those without tuning."""
+    tuned, plain = spread(tiny_model("llama")), spread(tiny_model("llama"))
+    prune_layers(tuned, IDS, settings(tune=10), device=CPU)
+    prune_layers(plain, IDS, settings(tune=0), device=CPU)
+    one, two = (m.model.layers[0] for m in (tuned, plain))
+    assert torch.equal(one.self_attn.o_proj.weight == 0, two.self_attn.o_proj.weight == 0)
+    assert not torch.equal(one.mlp.down_proj.weight == 0, two.mlp.down_proj.weight == 0)
+
+
+def test_bfloat16_weights_are_tuned_in_float32_and_stored_as_they_were() -> None:
+    model = spread(tiny_model("llama", dtype=torch.bfloat16))
+    result = prune_layers(model, IDS, settings(), device=CPU)
+    assert any(part.after < part.before for part in result.tuned)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+def test_parts_are_children_of_the_layer_or_the_layer() -> None:
+    names = ["attn.q.weight", "attn.o.weight", "mlp.experts.up", "mlp.experts.down"]
+    assert parts_of(names) == {"attn": names[:2], "mlp": names[2:]}
+    assert parts_of(["self_attn.q.weight", "fc1.weight"]) == {"": ["self_attn.q.weight", "fc1.weight"]}
+
+
+class Half(nn.Module):
+    """A layer with one part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.inner(hidden)
+
+
+def problem() -> tuple[Half, Half, list[Tensor], dict[str, Tensor]]:
+    """A dense layer, its pruned copy, inputs and masks."""
+    dense = Half()
+    pruned = copy.deepcopy(dense)
+    masks = {}
+    for name in ("inner.0.weight", "inner.2.weight"):
+        weight = pruned.get_parameter(name)
+        masks[name] = weight.abs() >= weight.abs().median()
+        weight.data.mul_(masks[name])
+    generator = torch.Generator().manual_seed(1)
+    return dense, pruned, [torch.randn(1, 20, 8, generator=generator) for _ in range(8)], masks
+
+
+def run_tune(passes: int, learning_rate: float, held_out: frozenset[int] = frozenset({7})) -> Any:
+    dense, pruned, hidden, masks = problem()
+    targets = Part(dense, "inner", lambda m, h, _b: m(h)).outputs(hidden)
+    calls = Part(pruned, "inner", lambda m, h, _b: m(h)).inputs(hidden)
+    part = tune(
+        "inner",
+        [(pruned.get_parameter(name), mask) for name, mask in masks.items()],
+        [partial(distance, call, target) for call, target in zip(calls, targets, strict=True)],
+        held_out=held_out,
+        passes=passes,
+        dtypes=[torch.float32, torch.float32],
+        learning_rate=learning_rate,
+    )
+    return part, pruned, masks
+
+
+def test_a_part_is_called_with_what_the_layer_calls_it_with() -> None:
+    dense, _, hidden, _ = problem()
+    part = Part(dense, "inner", lambda m, h, _b: m(h))
+    for call, output, states in zip(part.inputs(hidden), part.outputs(hidden), hidden, strict=True):
+        assert torch.equal(call(), dense.inner(states))
+        assert torch.equal(output, dense.inner(states))
+    assert not dense.inner._forward_hooks
+    assert not dense.inner._forward_pre_hooks
+
+
+def test_good_steps_lower_the_error_and_keep_the_masks() -> None:
+    part, pruned, masks = run_tune(20, 1e-2)
+    assert part.after < 0.5 * part.before
+    assert all((pruned.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())
+
+
+def test_steps_that_only_do_harm_are_taken_back() -> None:
+    """A learning rate of 10 ruins the part in its first pass: it ends exactly where it began."""
+    part, pruned, _ = run_tune(5, 10.0)
+    _, before, _, _ = problem()
+    assert part.after == part.before
+    assert part.passes == 1
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), before.parameters(), strict=True))
+
+
+def test_other_parameters_get_no_gradient_and_flags_stay() -> None:
+    _, pruned, _ = run_tune(2, 1e-2)
+    before = problem()[1]
+    assert torch.equal(pruned.get_parameter("inner.0.bias"), before.get_parameter("inner.0.bias"))
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in pruned.parameters())
