@@ -163,6 +163,20 @@ output_option, other_option = _grouped("Result"), _grouped("Other")
     type=int,
     help="Passes to tune all layers together towards the dense model's predictions.  [default: by effort]",
 )
+@pattern_option("--allocation", help="Where the zeros go: uniform, owl or error.  [default: by effort]")
+@pattern_option("--budget", type=float, help="N:M and --allocation error: fraction of zeros over all weights.")
+@pattern_option(
+    "--levels",
+    multiple=True,
+    default=("dense",),
+    help="N:M and --allocation error: what a weight may get besides --sparsity: dense, 6:8.  [may be repeated]",
+)
+@pattern_option(
+    "--overrides",
+    multiple=True,
+    metavar="ENTRY=PATTERN",
+    help="Another pattern, or dense, for some weights: down_proj=4:8, layers.0.=dense.  [may be repeated]",
+)
 @pattern_option("--block-size", type=int, default=128, help="SparseGPT: columns per mask decision.")
 @pattern_option(
     "--dampening-frac", type=float, help="Added to a Hessian's diagonal, as a fraction of its mean.  [default: 0.01]"

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from llmprune.errors import UserError
 from llmprune.methods import METHODS, Method
 from llmprune.recipe import Recipe
-from llmprune.sparsity.pattern import Pattern, parse_pattern
+from llmprune.sparsity.allocation import Allocation, parse_level
+from llmprune.sparsity.pattern import NM, Pattern, parse_pattern
 
 __all__ = ["EFFORTS", "EvaluationConfig", "PruneConfig", "from_mapping"]
 
@@ -25,6 +26,7 @@ NO_STEPS: dict[str, Any] = {
     "refit": 0,
     "tune": 0,
     "distill": 0,
+    "allocation": "uniform",
     "dampening_frac": 0.01,
 }
 """A method as its paper has it."""
@@ -33,7 +35,15 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "fast": NO_STEPS | {"method": "wanda", "refit": 3},
     "balanced": NO_STEPS | {"method": "alps", "dense_targets": True, "dampening_frac": 0.05},
     "best": NO_STEPS
-    | {"method": "alps", "permute": True, "dense_targets": True, "tune": 4, "distill": 2, "dampening_frac": 0.05},
+    | {
+        "method": "alps",
+        "permute": True,
+        "dense_targets": True,
+        "tune": 4,
+        "distill": 2,
+        "allocation": "error",
+        "dampening_frac": 0.05,
+    },
 }
 """What each effort does; what each costs and brings stands in the README's table."""
 
@@ -55,6 +65,11 @@ class PruneConfig:
     tune : passes over the calibration windows to tune each half of a layer with its masks fixed, 0 for none
     distill : passes over the calibration windows to tune all layers together towards the dense model's predictions,
         masks fixed, 0 for none; needs five times the model's float32 size in memory
+    allocation : where the zeros go: "uniform", "owl" or "error", see `llmprune.sparsity.allocation`
+    budget, levels : for N:M and allocation "error": the fraction of zeros in all, and what a weight may get besides
+        `sparsity` ("dense", "6:8", …)
+    overrides : "ENTRY=PATTERN" or "ENTRY=dense" for single weights (or a dict): an entry is what `ignore` takes, or
+        with a dot at its end all that lies inside ("layers.0.")
     block_size : SparseGPT's
     dampening_frac : added to the diagonal of a Hessian, as a fraction of its mean
     ignore : weights to leave dense, by name, by last part of the name, or by regular expression after "re:"
@@ -74,6 +89,10 @@ class PruneConfig:
     refit: int | None = None
     tune: int | None = None
     distill: int | None = None
+    allocation: str | None = None
+    budget: float | None = None
+    levels: tuple[str, ...] = ("dense",)
+    overrides: tuple[str, ...] = ()
     block_size: int = 128
     dampening_frac: float | None = None
     ignore: tuple[str, ...] = ()
@@ -89,6 +108,8 @@ class PruneConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", str(parse_pattern(self.sparsity)))
         object.__setattr__(self, "ignore", _names(self.ignore))
+        object.__setattr__(self, "levels", _names(self.levels))
+        object.__setattr__(self, "overrides", _pairs(self.overrides))
         self._settle_steps()
         _one_of("method", self.method, METHODS)
         _fraction("dampening_frac", self.dampening_frac)
@@ -105,6 +126,9 @@ class PruneConfig:
             if entry.startswith("re:"):
                 _compiles(entry)
         self.build_method()
+        self.build_allocation()
+        for level in self.override_map.values():
+            parse_level(level)
 
     def _settle_steps(self) -> None:
         """Fill in what was not said: the effort's steps, or none besides the method."""
@@ -120,7 +144,9 @@ class PruneConfig:
             )
         for name, value in steps.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+                # With N:M every weight has the same share of zeros: an allocation needs a budget, which is not ours.
+                fixed = name == "allocation" and isinstance(self.pattern, NM)
+                object.__setattr__(self, name, "uniform" if fixed else value)
 
     @property
     def pattern(self) -> Pattern:
@@ -132,6 +158,16 @@ class PruneConfig:
         kind = METHODS[str(self.method)]
         known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
         return kind(**{name: value for name, value in asdict(self).items() if name in known})
+
+    def build_allocation(self) -> Allocation:
+        """Where the zeros go."""
+        levels = tuple(parse_level(level) for level in self.levels)
+        return Allocation(self.pattern, str(self.allocation), self.budget, levels)
+
+    @property
+    def override_map(self) -> dict[str, str]:
+        """Entry → pattern or "dense"."""
+        return dict(pair.rsplit("=", 1) for pair in self.overrides)
 
     @property
     def recipe(self) -> Recipe:
@@ -203,6 +239,16 @@ def _fraction(name: str, value: float | None) -> None:
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:
     """A single name stands for a list of one: without this it would become a list of its letters."""
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _pairs(given: Mapping[str, str] | str | Iterable[str]) -> tuple[str, ...]:
+    pairs = tuple(f"{entry}={value}" for entry, value in given.items()) if isinstance(given, Mapping) else _names(given)
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(
+                f"overrides are written ENTRY=PATTERN, such as down_proj=4:8 or layers.0.=dense; got {pair!r}."
+            )
+    return pairs
 
 
 def _compiles(entry: str) -> None:

@@ -1,4 +1,4 @@
-"""The steps around a method, on whole tiny models: permutation, distillation, and all of them together through a job."""
+"""The steps around a method, on whole tiny models: permutation, distillation, and all together through a job."""
 
 from __future__ import annotations
 
@@ -131,6 +131,36 @@ def test_one_batch_alone_decides_nothing_and_is_not_trained_on() -> None:
     part = distill(model, [IDS], [wrong], masks=masks, held_out=frozenset({0}), passes=3)
     assert part.after == part.before
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+# Allocation -----------------------------------------------------------------------------------------------------------
+
+
+def test_zeros_go_where_they_cost_least_and_their_number_is_exact() -> None:
+    model = spread(tiny_model("llama"))
+    result = run(model, method="sparsegpt", sparsity="70%", allocation="error")
+    shares = {row.zeros / (row.shape[0] * row.shape[1]) for row in result.weights}
+    assert max(shares) - min(shares) > 0.05
+    assert all(0.54 < share < 0.86 for share in shares)
+    sizes = [row.shape[0] * row.shape[1] for row in result.weights]
+    assert sum(row.zeros for row in result.weights) == sum(round(0.7 * size) for size in sizes)
+
+
+def test_overrides_speak_for_single_weights() -> None:
+    model = spread(tiny_model("llama"))
+    result = run(model, method="wanda", overrides={"down_proj": "4:8", "layers.0.self_attn.": "dense"})
+    patterns = {row.name: row.pattern for row in result.weights}
+    assert patterns["model.layers.1.mlp.down_proj.weight"] == "4:8"
+    assert patterns["model.layers.1.mlp.up_proj.weight"] == "2:4"
+    assert not any("layers.0.self_attn" in name for name in patterns)
+    assert sum(row.reason == "kept dense by an override" for row in result.skipped) == 4
+
+
+def test_some_linears_stay_dense_under_a_budget() -> None:
+    model = spread(tiny_model("llama"))
+    result = run(model, method="wanda", allocation="error", budget=0.4)
+    assert any(row.reason == "kept dense by the allocation" for row in result.skipped)
+    assert {row.pattern for row in result.weights} == {"2:4"}
 
 
 # All of them ----------------------------------------------------------------------------------------------------------

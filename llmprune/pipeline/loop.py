@@ -16,6 +16,7 @@ from llmprune.pipeline.distill import distill, predictions
 from llmprune.pipeline.groups import Place, prune_group, recounted
 from llmprune.pipeline.masks import StoredMasks
 from llmprune.pipeline.permute import PROOF_TOKENS, Permuter
+from llmprune.pipeline.plan import Plan, make_plan
 from llmprune.pipeline.survey import Survey, survey_model
 from llmprune.pipeline.tuner import Tuner
 from llmprune.pipeline.walkable import caller, dtype_on, record_layers, walkable
@@ -86,6 +87,17 @@ def prune_layers(
     """
     watcher = watcher or Watcher()
     survey = survey or survey_model(model, windows, config, device=device)
+    plan = make_plan(
+        model,
+        windows,
+        config.build_allocation(),
+        survey,
+        device=device,
+        scope=config.recipe.method.scope,
+        overrides=config.override_map,
+        batch_size=config.batch_size,
+    )
+    survey = plan.applied_to(survey)
     result = Pruned(skipped=survey.skipped)
     if config.recipe.statistic is None and not config.tune and not config.distill:
         windows = windows[: config.batch_size]  # nothing is learned from the data: one batch shows the errors
@@ -93,7 +105,7 @@ def prune_layers(
     batches = list(windows.split(config.batch_size))
     with walkable(model):
         wanted = predictions(model, batches) if config.distill else []
-        loop = _Loop(model, batches, config, survey, device)
+        loop = _Loop(model, batches, config, survey, plan, device)
         give_back_memory()  # what loading and the survey left
         for index in range(len(survey.decoder.layers)):
             result.weights += loop.prune_layer(index, result, watcher)
@@ -113,10 +125,16 @@ class _Loop:
     """What goes from layer to layer: how each is called, and the hidden states of the pruned and of the dense model."""
 
     def __init__(
-        self, model: nn.Module, batches: list[Tensor], config: PruneConfig, survey: Survey, device: torch.device
+        self,
+        model: nn.Module,
+        batches: list[Tensor],
+        config: PruneConfig,
+        survey: Survey,
+        plan: Plan,
+        device: torch.device,
     ) -> None:
         self.model, self.config, self.survey, self.device = model, config, survey, device
-        self.recipe = config.recipe
+        self.plan, self.recipe = plan, config.recipe
         self.masks: dict[str, Tensor] = {}
         self.pruned = record_layers(model, survey.decoder, batches, device)
         # Recorded twice, because some layers share state through their arguments.
@@ -132,7 +150,7 @@ class _Loop:
         layer, prefix = self.survey.decoder.layers[index], self.survey.decoder.prefixes[index]
         schedule, rows = self.survey.schedules[index], []
         with resident(layer, self.device, dtype_on(self.device, layer)) as stored, _naming(prefix):
-            place = Place(index, prefix, schedule, stored, result.adjusted)
+            place = Place(index, prefix, schedule, stored, result.adjusted, patterns=self.plan.patterns(index))
             masks = StoredMasks(layer, schedule)
             if self.permuter is not None:
                 call = caller(self.pruned, index)

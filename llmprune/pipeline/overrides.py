@@ -9,7 +9,7 @@ from llmprune.model.structure import is_ignored
 from llmprune.sparsity.allocation import parse_level
 from llmprune.sparsity.pattern import Pattern
 
-__all__ = ["overridden"]
+__all__ = ["overridden", "speaks_of"]
 
 
 def overridden(inputs: Mapping[str, int], overrides: Mapping[str, str]) -> dict[str, Pattern | None]:
@@ -29,7 +29,7 @@ def overridden(inputs: Mapping[str, int], overrides: Mapping[str, str]) -> dict[
     found: dict[str, Pattern | None] = {}
     for entry, written in overrides.items():
         level = parse_level(written)
-        names = [name for name in inputs if _speaks_of(entry, name)]
+        names = [name for name in inputs if speaks_of(entry, name)]
         if not names:
             raise UserError(
                 f"overrides: {entry!r} matches no weight that can be pruned. Write a whole name "
@@ -46,7 +46,8 @@ def overridden(inputs: Mapping[str, int], overrides: Mapping[str, str]) -> dict[
     return found
 
 
-def _speaks_of(entry: str, name: str) -> bool:
+def speaks_of(entry: str, name: str) -> bool:
+    """Whether an entry of the overrides means the weight of this full name."""
     if entry.endswith(".") and not entry.startswith("re:"):
         return f".{entry}" in f".{name}"
     return is_ignored(name, [entry])

@@ -21,6 +21,7 @@ from llmprune.model.structure import (
     require_reach,
     skipped_outside,
 )
+from llmprune.pipeline.overrides import speaks_of
 from llmprune.pipeline.walkable import dtype_on, record_layers, walkable
 from llmprune.results import SkippedWeight
 from llmprune.walk.recorder import check_replay
@@ -92,7 +93,8 @@ def _divisible(
     for name, axis in schedule.input_axes.items():
         shape = tuple(layer.get_parameter(name).shape)
         in_features = shape[-1] if axis == 1 else shape[-2]
-        if config.pattern.fits(in_features):
+        said = any(speaks_of(entry, prefix + name) for entry in config.override_map)  # then the plan looks at it
+        if said or config.pattern.fits(in_features):
             continue
         if config.on_indivisible == "error":
             raise UserError(
