@@ -49,7 +49,7 @@ __all__ = [
 _HOMES = {
     "EvaluationConfig": "llmprune.config",
     "PruneConfig": "llmprune.config",
-    "PruneResult": "llmprune.job",
+    "PruneResult": "llmprune.job.request",
     "prune": "llmprune.job",
     "verify": "llmprune.checkpoint.verify",
 }

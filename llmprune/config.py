@@ -113,6 +113,7 @@ class PruneConfig:
         self._settle_steps()
         _one_of("method", self.method, METHODS)
         _fraction("dampening_frac", self.dampening_frac)
+        _at_least("block_size", self.block_size, 1)
         _at_least("refit", self.refit, 0)
         _at_least("tune", self.tune, 0)
         _at_least("distill", self.distill, 0)
