@@ -175,7 +175,13 @@ class PruneConfig:
         """The method and the steps around it."""
         assert self.refit is not None
         assert self.dampening_frac is not None
-        return Recipe(self.build_method(), bool(self.dense_targets), self.refit, self.dampening_frac)
+        return Recipe(
+            self.build_method(),
+            bool(self.dense_targets),
+            self.refit,
+            self.dampening_frac,
+            hold_out=bool(self.tune or self.distill),
+        )
 
     @property
     def name_suffix(self) -> str:

@@ -37,12 +37,14 @@ class Recipe:
     dense_targets : aim at the outputs that the dense model would give on its own inputs
     refit : conjugate-gradient steps on the method's mask; 0: the method's weights stay
     dampening_frac : of the refit, a fraction of the Hessian's mean diagonal
+    hold_out : a later step decides on the held-out batches, so nothing is solved on them
     """
 
     method: Method
     dense_targets: bool = False
     refit: int = 0
     dampening_frac: float = 0.01
+    hold_out: bool = False
 
     @property
     def statistic(self) -> type[Statistic] | None:
@@ -81,9 +83,9 @@ class Recipe:
         if centred and isinstance(statistic, PairedHessian):
             statistic, held = statistic.centred(), held.centred() if isinstance(held, PairedHessian) else None
         if isinstance(statistic, PairedHessian) and isinstance(held, PairedHessian) and held.tokens:
-            shift = shifted_target(weight, statistic, held, list(rows))
+            shift = shifted_target(weight, statistic, held, list(rows), learn_from_all=not self.hold_out)
             target, steps = shift.target, shift.step
-        if statistic is not None and held is not None:
+        if statistic is not None and held is not None and not self.hold_out:
             statistic.merge(held)
         solution = self.method.prune(target, statistic, pattern, rows)
         if self.refit and isinstance(statistic, Hessian):

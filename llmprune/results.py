@@ -64,9 +64,10 @@ class TunedPart:
     """A part of a layer whose kept weights were tuned together."""
 
     part: str
-    """Name of the module, such as `model.layers.0.mlp`."""
+    """Name of the module, such as `model.layers.0.mlp`; "model" for the distillation of all layers together."""
     before: float
-    """Mean squared error against the dense model's part on held-out windows, relative to its output's mean square."""
+    """On held-out windows, the mean squared error against the dense model's part, relative to its output's mean square;
+    of "model" the divergence from the dense model's predictions, in nats a token."""
     after: float
     """The same after tuning: never more."""
     passes: int

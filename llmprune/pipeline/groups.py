@@ -79,7 +79,7 @@ def _prune_stack(group: Group, recipe: Recipe, pattern: Pattern, place: Place) -
     stacked = torch.cat([weight.float() for weight in group.weights])
     if not torch.isfinite(stacked).all():
         raise NumericError(f"{group.keys[0]} holds NaN or inf before pruning: the checkpoint itself is damaged.")
-    means = _means(group)
+    means = _means(group, recipe)
     solved = recipe.solve(stacked, group.statistic, pattern, rows=rows, held=group.held, centred=means is not None)
     solution = solved.solution
     place.masks.update(zip(group.keys, solution.mask.split(rows), strict=True))
@@ -121,11 +121,11 @@ def recounted(model: nn.Module, rows: Iterable[PrunedWeight]) -> list[PrunedWeig
     return counted
 
 
-def _means(group: Group) -> MeanInputs | None:
+def _means(group: Group, recipe: Recipe) -> MeanInputs | None:
     """The mean inputs, where every linear of the group has a bias to make up for a change of them."""
     if not isinstance(group.statistic, PairedHessian) or len(group.biases) < len(group.keys):
         return None
-    return MeanInputs.of(group.statistic, group.held)
+    return MeanInputs.of(group.statistic, None if recipe.hold_out else group.held)
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:

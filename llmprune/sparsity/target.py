@@ -10,7 +10,7 @@ Zhao et al., 2024, https://arxiv.org/abs/2408.03728). Whatever is solved for W a
 no method needs to know. But the shift is learned from few tokens and can ruin a model: taken whole, with λ at one
 hundredth of the mean diagonal, on 16 384 tokens, perplexity 29 became 2 749. So λ and a step along S are chosen on
 windows that S was not learned from: the error there is a parabola in the step, and its lowest point between 0 and 1
-can be no worse than no shift at all. Then S is computed once more, from all windows.
+can be no worse than no shift at all. Then S is computed once more, from all windows, unless these must stay unseen.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Shift:
     target : (out_features, in_features) float32, W + step · S
     step : between 0 and 1, for each linear of a stack
     dampening_frac : the λ that did best on the held-out windows
-    gain : by how much the held-out error ‖X_d Wᵀ − X W*ᵀ‖² is smaller than with W, as a fraction; 0 = no gain
+    gain : by how much the held-out error ‖X_d Wᵀ − X W*ᵀ‖² a token is smaller than with W; 0 = no gain
     """
 
     target: Tensor
@@ -45,7 +45,9 @@ class Shift:
     gain: float
 
 
-def shifted_target(weight: Tensor, known: PairedHessian, held: PairedHessian, rows: list[int]) -> Shift:
+def shifted_target(
+    weight: Tensor, known: PairedHessian, held: PairedHessian, rows: list[int], *, learn_from_all: bool = True
+) -> Shift:
     """The weight that should be approached in place of `weight`.
 
     Parameters
@@ -54,6 +56,7 @@ def shifted_target(weight: Tensor, known: PairedHessian, held: PairedHessian, ro
     known : statistic of the windows to learn from
     held : statistic of other windows, to choose λ and the step on
     rows : output rows of each stacked linear: each has a step of its own
+    learn_from_all : whether S itself is computed once more with the held-out windows
     """
     wanted, held_hessian = weight @ held.difference, held.matrix
     best_gain, best_frac, best_step = 0.0, DAMPINGS[-1], torch.zeros(len(rows), device=weight.device)
@@ -68,8 +71,10 @@ def shifted_target(weight: Tensor, known: PairedHessian, held: PairedHessian, ro
             best_gain, best_frac, best_step = gain, fraction, step
     if best_gain == 0:
         return Shift(weight, (0.0,) * len(rows), best_frac, 0.0)
-    together = known.scaled(1.0)
-    together.merge(held)
+    together = known
+    if learn_from_all:
+        together = known.scaled(1.0)
+        together.merge(held)
     steps = best_step.repeat_interleave(torch.tensor(rows, device=weight.device))
     target = weight + steps[:, None] * _shift(weight, together, best_frac)
     return Shift(target, tuple(best_step.tolist()), best_frac, best_gain)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmprune.recipe import MeanInputs
 from llmprune.sparsity.statistics import PairedHessian
-from llmprune.sparsity.target import shifted_target
+from llmprune.sparsity.target import _shift, shifted_target
 from tests.methods.problems import CPU, inputs_like_a_models, random_weight
 
 WIDTH, OUT = 24, 16
@@ -92,6 +92,18 @@ def test_each_linear_of_a_stack_has_its_own_step() -> None:
     assert len(shift.step) == 2
     assert shift.step[0] == pytest.approx(alone.step[0], rel=1e-3)
     torch.testing.assert_close(shift.target[:8], alone.target, rtol=1e-3, atol=1e-4)
+
+
+def test_held_out_windows_can_stay_unseen() -> None:
+    """Then they choose the step, but nothing is learned from them: S is that of the other windows."""
+    weight = random_weight(OUT, WIDTH)
+    known, held = paired(*changed_inputs(500, 0)), paired(*changed_inputs(500, 1))
+    unseen = shifted_target(weight, known, held, [OUT], learn_from_all=False)
+    seen = shifted_target(weight, known, held, [OUT])
+    assert unseen.step == seen.step
+    expected = _shift(weight, known, unseen.dampening_frac)
+    torch.testing.assert_close(unseen.target, weight + unseen.step[0] * expected)
+    assert not torch.allclose(unseen.target, seen.target)
 
 
 def test_equal_inputs_ask_for_no_shift() -> None:

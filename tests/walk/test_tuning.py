@@ -64,6 +64,17 @@ def test_what_follows_is_calibrated_on_the_tuned_part() -> None:
     assert not torch.equal(one.mlp.down_proj.weight == 0, two.mlp.down_proj.weight == 0)
 
 
+def test_what_decides_is_not_solved_on() -> None:
+    """Other tokens in the held-out window change no mask of the first layer: they only say when to stop."""
+    other = IDS.clone()
+    other[-1] = other[-1].flip(0)
+    one, two = spread(tiny_model("llama")), spread(tiny_model("llama"))
+    for model, ids in ((one, IDS), (two, other)):
+        prune_layers(model, ids, PruneConfig(method="sparsegpt", tune=1), device=CPU)
+    first, second = (model.model.layers[0].self_attn.q_proj.weight == 0 for model in (one, two))
+    assert torch.equal(first, second)
+
+
 def test_bfloat16_weights_are_tuned_in_float32_and_stored_as_they_were() -> None:
     model = spread(tiny_model("llama", dtype=torch.bfloat16))
     result = prune_layers(model, IDS, settings(), device=CPU)
