@@ -195,6 +195,7 @@ class _Loop:
             capacity=self._capacity(schedule),
             dense=dense,
             held_out=self.held_out,
+            tidy=give_back_memory,
         )
 
     def _tuner(

@@ -37,6 +37,11 @@ __all__ = ["Group", "LayerWalk"]
 TRUSTED = 2
 """An expert that met fewer than TRUSTED · in_features tokens is cold."""
 
+TIDY = 4
+"""Batches between two times of tidying: activations that come and go leave holes in the heap, which are often a few
+bytes too short for the next one. On SmolLM2-135M they were 60 MB, at times 220, of 1 130 MB in all; giving them back
+costs a twentieth of the time."""
+
 
 @dataclass
 class Group:
@@ -107,6 +112,7 @@ class LayerWalk:
     capacity : how many batches may wait at once, at least 1
     dense : the same layer unpruned, where the statistic compares the two
     held_out : batches whose inputs are summed apart (at stations that can be compared)
+    tidy : called whenever `TIDY` batches have gone on, to give back memory that they left
 
     Raises
     ------
@@ -128,9 +134,11 @@ class LayerWalk:
         capacity: int,
         dense: DensePath | None = None,
         held_out: frozenset[int] = frozenset(),
+        tidy: Callable[[], None] | None = None,
     ) -> None:
         self.layer, self.hidden, self.call, self.schedule = layer, hidden, call, schedule
         self.kind, self.capacity, self.dense, self.held_out = kind, capacity, dense, held_out
+        self.tidy, self._advances = tidy, 0
         self.parameters = dict(layer.named_parameters())
         self.position = {key: at for at, station in enumerate(schedule.stations) for key in station.weights}
         watched = {key.parameter for key in self.position}
@@ -252,6 +260,9 @@ class LayerWalk:
         with torch.no_grad(), self.products:
             paused_at = run.coroutine.switch()
         self._current = None
+        self._advances += 1
+        if self.tidy is not None and self._advances % TIDY == 0:
+            self.tidy()
         if run.coroutine.dead:
             self._results[batch] = _finite(paused_at)
             if not self._may_rerun:
