@@ -145,7 +145,7 @@ output_option, other_option = _grouped("Result"), _grouped("Other")
 @model_option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @pattern_option("--sparsity", default="2:4", help="N:M (N kept of every M), a fraction (0.5) or a percentage (50%).")
 @pattern_option("--effort", help="fast, balanced or best: how much work for how good a result.  [default: balanced]")
-@pattern_option("--method", help="magnitude, wanda, sparsegpt or alps, as its paper has it, in place of an effort.")
+@pattern_option("--method", help="magnitude, wanda, sparsegpt or alps alone, in place of an effort.")
 @pattern_option(
     "--permute/--no-permute",
     default=None,

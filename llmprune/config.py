@@ -145,9 +145,18 @@ class PruneConfig:
             )
         for name, value in steps.items():
             if getattr(self, name) is None:
-                # With N:M every weight has the same share of zeros: an allocation needs a budget, which is not ours.
-                fixed = name == "allocation" and isinstance(self.pattern, NM)
-                object.__setattr__(self, name, "uniform" if fixed else value)
+                object.__setattr__(self, name, NO_STEPS[name] if name == self._without_meaning else value)
+        if self.permute and not isinstance(self.pattern, NM):
+            raise UserError(
+                f"permute orders features inside groups of N:M; a sparsity of {self.sparsity} has no groups. "
+                "Leave it out, or give an N:M sparsity such as 2:4."
+            )
+
+    @property
+    def _without_meaning(self) -> str:
+        """The step of an effort that does nothing here: N:M has the same share of zeros everywhere unless a budget is
+        given, and without groups there is no order."""
+        return "allocation" if isinstance(self.pattern, NM) else "permute"
 
     @property
     def pattern(self) -> Pattern:

@@ -93,8 +93,10 @@ def test_without_a_word_the_effort_is_balanced() -> None:
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_an_effort_sets_the_steps_and_what_is_said_goes_before(effort: str) -> None:
-    config = PruneConfig(effort=effort, tune=7, sparsity="50%")
-    assert {name: getattr(config, name) for name in EFFORTS[effort]} == {**EFFORTS[effort], "tune": 7}
+    whole = {**EFFORTS[effort], "tune": 7}
+    for sparsity, left_out in (("50%", {"permute": False}), ("2:4", {"allocation": "uniform"})):
+        config = PruneConfig(effort=effort, tune=7, sparsity=sparsity)
+        assert {name: getattr(config, name) for name in whole} == whole | left_out
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -132,6 +134,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"effort": "best", "method": "wanda"},
         r"effort 'best' chooses the method itself \(alps\); got method 'wanda' too\. Give one of the two",
     ),
+    ({"permute": True, "sparsity": "50%"}, r"a sparsity of 50% has no groups\. Leave it out"),
     ({"refit": -1}, r"refit is a whole number, at least 0; got -1\."),
     ({"tune": 1.5}, r"tune is a whole number, at least 0; got 1\.5\."),
     ({"method": "obs"}, r"method is one of magnitude, wanda, sparsegpt, alps; got 'obs'\.$"),

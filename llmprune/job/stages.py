@@ -69,12 +69,12 @@ class _Run:
             with self._stage("save and verify"), quiet_transformers():
                 report = self._save(loaded, report, target)
         try:
-            return self._finish(loaded, report, corpora, target, repo)
+            return self._finish(loaded, report, corpora=corpora, target=target, repo=repo)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(str(target) if target is not None else "") from None
 
     def _finish(
-        self, loaded: Loaded, report: Report, corpora: list[Corpus], target: Path | None, repo: str | None
+        self, loaded: Loaded, report: Report, *, corpora: list[Corpus], target: Path | None, repo: str | None
     ) -> PruneResult:
         """What comes after the model is safe: the second evaluation and the push."""
         after = self._evaluate("evaluate pruned", loaded, corpora)

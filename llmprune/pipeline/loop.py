@@ -105,7 +105,7 @@ def prune_layers(
     batches = list(windows.split(config.batch_size))
     with walkable(model):
         wanted = predictions(model, batches) if config.distill else []
-        loop = _Loop(model, batches, config, survey, plan, device)
+        loop = _Loop(model, batches, config=config, survey=survey, plan=plan, device=device)
         give_back_memory()  # what loading and the survey left
         for index in range(len(survey.decoder.layers)):
             result.weights += loop.prune_layer(index, result, watcher)
@@ -128,6 +128,7 @@ class _Loop:
         self,
         model: nn.Module,
         batches: list[Tensor],
+        *,
         config: PruneConfig,
         survey: Survey,
         plan: Plan,
@@ -179,8 +180,9 @@ class _Loop:
         return rows if tuner is None else recounted(self.model, rows)
 
     def _permuter(self, model: nn.Module, batches: list[Tensor]) -> Permuter | None:
-        if not self.config.permute or not isinstance(self.config.pattern, NM):
+        if not self.config.permute:
             return None
+        assert isinstance(self.config.pattern, NM)
         ids = batches[0][:1, :PROOF_TOKENS].to(next(model.parameters()).device)
         return Permuter(record(model, self.survey.decoder.layers, [ids], place=_float64), self.config.pattern)
 
