@@ -156,7 +156,8 @@ output_option, other_option = _grouped("Result"), _grouped("Other")
     default=None,
     help="Aim at the outputs that the dense model would give on its own inputs.  [default: by effort]",
 )
-@pattern_option("--refit", type=int, help="Least-squares steps on the method's mask.  [default: by effort]")
+@pattern_option("--polish", type=int, help="N:M: sweeps in which every group may choose again.  [default: by effort]")
+@pattern_option("--refit", type=int, help="Least-squares steps on the mask.  [default: by effort]")
 @pattern_option("--tune", type=int, help="Passes to tune each half of a layer, its masks fixed.  [default: by effort]")
 @pattern_option(
     "--distill",
@@ -177,7 +178,8 @@ output_option, other_option = _grouped("Result"), _grouped("Other")
     metavar="ENTRY=PATTERN",
     help="Another pattern, or dense, for some weights: down_proj=4:8, layers.0.=dense.  [may be repeated]",
 )
-@pattern_option("--block-size", type=int, default=128, help="SparseGPT: columns per mask decision.")
+@pattern_option("--block-size", type=int, help="SparseGPT: columns per mask decision.  [default: 128]")
+@pattern_option("--admm-steps", type=int, help="ALPS: steps for the mask, 0 for Wanda's choice.  [default: 12]")
 @pattern_option(
     "--dampening-frac", type=float, help="Added to a Hessian's diagonal, as a fraction of its mean.  [default: 0.01]"
 )

@@ -23,6 +23,7 @@ __all__ = ["EFFORTS", "EvaluationConfig", "PruneConfig", "from_mapping"]
 NO_STEPS: dict[str, Any] = {
     "permute": False,
     "dense_targets": False,
+    "polish": 0,
     "refit": 0,
     "tune": 0,
     "distill": 0,
@@ -61,7 +62,8 @@ class PruneConfig:
     method : a name in `llmprune.methods.METHODS`: that method as its paper has it, and the steps that are asked for
     permute : for N:M, let neurons and value dimensions change places first, so that the pattern keeps more
     dense_targets : aim at the outputs that the dense model would give on its own inputs
-    refit : conjugate-gradient steps on the method's mask, 0 for none
+    polish : for N:M, sweeps in which every group may choose again what it keeps, 0 for none
+    refit : conjugate-gradient steps on the mask, 0 for none
     tune : passes over the calibration windows to tune each half of a layer with its masks fixed, 0 for none
     distill : passes over the calibration windows to tune all layers together towards the dense model's predictions,
         masks fixed, 0 for none; needs five times the model's float32 size in memory
@@ -70,7 +72,7 @@ class PruneConfig:
         `sparsity` ("dense", "6:8", …)
     overrides : "ENTRY=PATTERN" or "ENTRY=dense" for single weights (or a dict): an entry is what `ignore` takes, or
         with a dot at its end all that lies inside ("layers.0.")
-    block_size : SparseGPT's
+    block_size, admm_steps : SparseGPT's, ALPS'; None as the method has them
     dampening_frac : added to the diagonal of a Hessian, as a fraction of its mean
     ignore : weights to leave dense, by name, by last part of the name, or by regular expression after "re:"
     on_indivisible : "error" or "skip", for weights whose inputs do not divide into groups of M
@@ -86,6 +88,7 @@ class PruneConfig:
     method: str | None = None
     permute: bool | None = None
     dense_targets: bool | None = None
+    polish: int | None = None
     refit: int | None = None
     tune: int | None = None
     distill: int | None = None
@@ -93,7 +96,8 @@ class PruneConfig:
     budget: float | None = None
     levels: tuple[str, ...] = ("dense",)
     overrides: tuple[str, ...] = ()
-    block_size: int = 128
+    block_size: int | None = None
+    admm_steps: int | None = None
     dampening_frac: float | None = None
     ignore: tuple[str, ...] = ()
     on_indivisible: str = "error"
@@ -113,7 +117,9 @@ class PruneConfig:
         self._settle_steps()
         _one_of("method", self.method, METHODS)
         _fraction("dampening_frac", self.dampening_frac)
-        _at_least("block_size", self.block_size, 1)
+        _at_least("block_size", self.block_size, 1, optional=True)
+        _at_least("admm_steps", self.admm_steps, 0, optional=True)
+        _at_least("polish", self.polish, 0)
         _at_least("refit", self.refit, 0)
         _at_least("tune", self.tune, 0)
         _at_least("distill", self.distill, 0)
@@ -145,18 +151,19 @@ class PruneConfig:
             )
         for name, value in steps.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, NO_STEPS[name] if name == self._without_meaning else value)
-        if self.permute and not isinstance(self.pattern, NM):
-            raise UserError(
-                f"permute orders features inside groups of N:M; a sparsity of {self.sparsity} has no groups. "
-                "Leave it out, or give an N:M sparsity such as 2:4."
-            )
+                object.__setattr__(self, name, NO_STEPS.get(name) if name in self._without_meaning else value)
+        for name in ("permute", "polish"):
+            if getattr(self, name) and not isinstance(self.pattern, NM):
+                raise UserError(
+                    f"{name} is about the groups of N:M; a sparsity of {self.sparsity} has no groups. "
+                    "Leave it out, or give an N:M sparsity such as 2:4."
+                )
 
     @property
-    def _without_meaning(self) -> str:
-        """The step of an effort that does nothing here: N:M has the same share of zeros everywhere unless a budget is
-        given, and without groups there is no order."""
-        return "allocation" if isinstance(self.pattern, NM) else "permute"
+    def _without_meaning(self) -> tuple[str, ...]:
+        """Steps of an effort that do nothing here: N:M has the same share of zeros everywhere unless a budget is
+        given, and without groups there is no order and no choice of a group."""
+        return ("allocation",) if isinstance(self.pattern, NM) else ("permute", "polish")
 
     @property
     def pattern(self) -> Pattern:
@@ -167,7 +174,10 @@ class PruneConfig:
         """The method with those of these settings that it has."""
         kind = METHODS[str(self.method)]
         known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-        return kind(**{name: value for name, value in asdict(self).items() if name in known})
+        for name in ("block_size", "admm_steps"):
+            if getattr(self, name) is not None and name not in known:
+                raise UserError(f"{name} is a setting that method {self.method} does not have. Leave it out.")
+        return kind(**{name: value for name, value in asdict(self).items() if name in known and value is not None})
 
     def build_allocation(self) -> Allocation:
         """Where the zeros go."""
@@ -182,11 +192,13 @@ class PruneConfig:
     @property
     def recipe(self) -> Recipe:
         """The method and the steps around it."""
+        assert self.polish is not None
         assert self.refit is not None
         assert self.dampening_frac is not None
         return Recipe(
             self.build_method(),
             bool(self.dense_targets),
+            self.polish,
             self.refit,
             self.dampening_frac,
             hold_out=bool(self.tune or self.distill),

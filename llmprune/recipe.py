@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmprune.methods import Method, Solution
+from llmprune.sparsity.group_descent import polish
 from llmprune.sparsity.least_squares import refit
-from llmprune.sparsity.pattern import Pattern
+from llmprune.sparsity.pattern import NM, Pattern
 from llmprune.sparsity.statistics import Hessian, PairedHessian, Statistic
 from llmprune.sparsity.target import shifted_target
 
@@ -35,13 +37,15 @@ class Recipe:
 
     method : chooses the mask, and the weights as its paper says
     dense_targets : aim at the outputs that the dense model would give on its own inputs
-    refit : conjugate-gradient steps on the method's mask; 0: the method's weights stay
-    dampening_frac : of the refit, a fraction of the Hessian's mean diagonal
+    polish : for N:M, sweeps in which every group may choose again; 0: the method's mask stays
+    refit : conjugate-gradient steps on the mask; 0: the weights stay
+    dampening_frac : of polish and refit, a fraction of the Hessian's mean diagonal
     hold_out : a later step decides on the held-out batches, so nothing is solved on them
     """
 
     method: Method
     dense_targets: bool = False
+    polish: int = 0
     refit: int = 0
     dampening_frac: float = 0.01
     hold_out: bool = False
@@ -51,7 +55,7 @@ class Recipe:
         """What the steps need to know of the inputs, all together."""
         if self.dense_targets:
             return PairedHessian
-        return Hessian if self.refit else self.method.statistic
+        return Hessian if self.polish or self.refit else self.method.statistic
 
     def solve(
         self,
@@ -88,17 +92,18 @@ class Recipe:
         if statistic is not None and held is not None and not self.hold_out:
             statistic.merge(held)
         solution = self.method.prune(target, statistic, pattern, rows)
-        if self.refit and isinstance(statistic, Hessian):
-            better = refit(
-                solution.weight,
-                solution.mask,
-                statistic.matrix,
-                target=target,
-                dampening_frac=self.dampening_frac,
-                steps=self.refit,
-            )
-            solution = replace(solution, weight=better)
+        if isinstance(statistic, Hessian):
+            solution = self._repaired(solution, statistic, target, pattern)
         return Solved(solution, steps)
+
+    def _repaired(self, solution: Solution, statistic: Hessian, target: Tensor, pattern: Pattern) -> Solution:
+        common: dict[str, Any] = {"target": target, "dampening_frac": self.dampening_frac}
+        weight, mask = solution.weight, solution.mask
+        if self.polish and isinstance(pattern, NM):
+            weight, mask = polish(weight, mask, statistic.matrix, pattern=pattern, sweeps=self.polish, **common)
+        if self.refit:
+            weight = refit(weight, mask, statistic.matrix, steps=self.refit, **common)
+        return replace(solution, weight=weight, mask=mask)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_a_sparsity_loses_no_digit(sparsity: float) -> None:
             "dense_targets": st.none() | st.booleans(),
             "refit": st.none() | st.integers(0, 50),
             "tune": st.none() | st.integers(0, 9),
-            "block_size": st.integers(1, 4096),
+            "admm_steps": st.none(),
             "dampening_frac": st.floats(1e-6, 0.5),
             "ignore": st.lists(st.sampled_from(["down_proj", "model.layers.0.mlp.up_proj", "re:.*k_proj"])),
             "on_indivisible": st.sampled_from(["error", "skip"]),
@@ -77,6 +77,7 @@ def test_a_config_is_frozen_and_checked_again_when_replaced() -> None:
             SparseGPT(block_size=64, dampening_frac=0.1),
         ),
         (PruneConfig(method="alps", dampening_frac=0.1), Alps(dampening_frac=0.1)),
+        (PruneConfig(method="alps", admm_steps=40), Alps(admm_steps=40)),
         (PruneConfig(method="wanda"), Wanda()),
         (PruneConfig(method="magnitude"), Magnitude()),
     ],
@@ -94,7 +95,7 @@ def test_without_a_word_the_effort_is_balanced() -> None:
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_an_effort_sets_the_steps_and_what_is_said_goes_before(effort: str) -> None:
     whole = {**EFFORTS[effort], "tune": 7}
-    for sparsity, left_out in (("50%", {"permute": False}), ("2:4", {"allocation": "uniform"})):
+    for sparsity, left_out in (("50%", {"permute": False, "polish": 0}), ("2:4", {"allocation": "uniform"})):
         config = PruneConfig(effort=effort, tune=7, sparsity=sparsity)
         assert {name: getattr(config, name) for name in whole} == whole | left_out
 
@@ -103,7 +104,7 @@ def test_an_effort_sets_the_steps_and_what_is_said_goes_before(effort: str) -> N
 def test_a_method_alone_has_nothing_added(method: str) -> None:
     config = PruneConfig(method=method)
     assert config.effort is None
-    assert (config.dense_targets, config.refit, config.tune) == (False, 0, 0)
+    assert (config.dense_targets, config.polish, config.refit, config.tune) == (False, 0, 0, 0)
     assert config.recipe.statistic is config.build_method().statistic
 
 
@@ -134,7 +135,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"effort": "best", "method": "wanda"},
         r"effort 'best' chooses the method itself \(alps\); got method 'wanda' too\. Give one of the two",
     ),
-    ({"permute": True, "sparsity": "50%"}, r"a sparsity of 50% has no groups\. Leave it out"),
+    ({"permute": True, "sparsity": "50%"}, r"permute is about .* a sparsity of 50% has no groups\. Leave it out"),
+    ({"polish": 1, "sparsity": "50%"}, r"polish is about .* a sparsity of 50% has no groups\. Leave it out"),
+    ({"polish": -1}, r"polish is a whole number, at least 0; got -1\."),
+    ({"admm_steps": -1}, r"admm_steps is a whole number, at least 0; got -1\."),
+    ({"method": "wanda", "block_size": 64}, r"block_size is a setting that method wanda does not have"),
+    ({"admm_steps": 3, "method": "sparsegpt"}, r"admm_steps is a setting that method sparsegpt does not have"),
     ({"refit": -1}, r"refit is a whole number, at least 0; got -1\."),
     ({"tune": 1.5}, r"tune is a whole number, at least 0; got 1\.5\."),
     ({"method": "obs"}, r"method is one of magnitude, wanda, sparsegpt, alps; got 'obs'\.$"),

@@ -51,7 +51,7 @@ class Alps:
 
     dampening_frac : added to H's diagonal, as a fraction of its mean
     first_penalty : ρ at the start, relative to the unit diagonal of the scaled Hessian
-    admm_steps : at most so many steps for the mask
+    admm_steps : at most so many steps for the mask; 0: it is that of the largest scaled entries, as Wanda's
     refit_steps : conjugate-gradient steps on the mask
 
     The paper starts at 0.1, goes on until the mask rests and refits with 10 steps; `Alps(first_penalty=0.1,
@@ -68,9 +68,9 @@ class Alps:
     scope: ClassVar[str] = "matrix"
 
     def __post_init__(self) -> None:
-        for name in ("admm_steps", "refit_steps"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise UserError(f"{name} is a number of steps, at least 1; got {value!r}.")
+        for name, least in (("admm_steps", 0), ("refit_steps", 1)):
+            if not isinstance(value := getattr(self, name), int) or value < least:
+                raise UserError(f"{name} is a number of steps, at least {least}; got {value!r}.")
         if not self.first_penalty > 0:
             raise UserError(f"first_penalty is a positive number, usually 0.1 to 0.5; got {self.first_penalty!r}.")
 
@@ -107,6 +107,8 @@ class Alps:
 def _admm(problem: LeastSquares, choice: _Choice, keep: Tensor, *, penalty: float, steps: int) -> Tensor:
     """The state S (in_features, out_features) when the mask rests, or after so many steps."""
     state = problem.target * keep
+    if not steps:
+        return state
     inverse, before, kept = _inverse(problem.matrix, penalty), keep, keep.sum().item()
     sign, pulled = torch.empty_like(state), torch.empty_like(state)  # once: at every step they would cost as much again
     for step in range(1, steps + 1):

@@ -122,7 +122,7 @@ def tune(
     masters = [parameter.detach().float().clone() for parameter in parameters]
     masks = [mask for _, mask in weights]
     training = [batch for batch in range(len(losses)) if batch not in held_out]
-    optimizer = torch.optim.Adam(masters, lr=learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(masters, lr=learning_rate, betas=(0.9, 0.95), fused=True)
     steps = passes * len(training)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step / max(1, steps)))
 

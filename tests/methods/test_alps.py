@@ -9,7 +9,7 @@ from torch import Tensor
 from llmprune.errors import UserError
 from llmprune.methods import Alps, SparseGPT
 from llmprune.sparsity.least_squares import refit
-from llmprune.sparsity.masks import nm_mask
+from llmprune.sparsity.masks import mask_per_matrix, nm_mask
 from llmprune.sparsity.pattern import NM, Pattern, Unstructured
 from tests.methods.problems import hessian_of, inputs_like_a_models, output_error, random_weight
 
@@ -74,10 +74,23 @@ def test_a_large_matrix_whose_threshold_is_sampled() -> None:
     assert output_error(inputs, weight, solution.weight) < 1.05 * output_error(inputs, weight[:500], small.weight)
 
 
-@pytest.mark.parametrize("name", ["admm_steps", "refit_steps"])
-def test_steps_are_counted_from_one(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name} is a number of steps, at least 1; got 0"):
-        Alps(**{name: 0})
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+def test_without_a_step_its_mask_is_that_of_the_largest_scaled_entries(pattern: Pattern) -> None:
+    weight, inputs = random_weight(24, WIDTH), inputs_like_a_models(400, WIDTH)
+    found = Alps(admm_steps=0).prune(weight, hessian_of(inputs), pattern)
+    hessian = hessian_of(inputs).matrix
+    scores = weight.abs() * (hessian.diagonal() + 0.01 * hessian.diagonal().mean()).sqrt()
+    expected = (
+        nm_mask(scores, 2, 4) if isinstance(pattern, NM) else mask_per_matrix(scores, pattern.zeros_of(weight.numel()))
+    )
+    assert torch.equal(found.mask, expected)
+    assert output_error(inputs, weight, found.weight) < 0.9 * output_error(inputs, weight, weight.where(expected, 0))
+
+
+@pytest.mark.parametrize(("name", "least"), [("admm_steps", 0), ("refit_steps", 1)])
+def test_steps_are_counted(name: str, least: int) -> None:
+    with pytest.raises(UserError, match=f"{name} is a number of steps, at least {least}; got {least - 1}"):
+        Alps(**{name: least - 1})
 
 
 def test_a_penalty_is_positive() -> None:
