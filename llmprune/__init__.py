@@ -21,6 +21,7 @@ from llmprune.errors import (
     VerificationError,
     WalkError,
 )
+from llmprune.runtime.import_hook import when_imported
 
 if TYPE_CHECKING:
     from llmprune.checkpoint.verify import verify
@@ -62,6 +63,16 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def _register_with_transformers() -> None:
+    from llmprune.runtime.transformers_plugin import register
+
+    register()
+
+
+# Packed checkpoints load through transformers as soon as both packages are imported, in whichever order.
+when_imported("transformers.quantizers.auto", _register_with_transformers)
 
 
 def __dir__() -> list[str]:

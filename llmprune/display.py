@@ -15,15 +15,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from llmprune.checkpoint.convert import Conversion
 from llmprune.checkpoint.verify import Verification
 from llmprune.job import Observer, PruneResult
 from llmprune.results import PrunedWeight, TunedPart
 
-__all__ = ["observer_for", "show_result", "show_verification"]
+__all__ = ["observer_for", "show_conversion", "show_result", "show_verification"]
 
 AS_SAVED = (
     "As saved, zeros are stored like any number: the files are as large and run as fast as the dense model's in "
     "transformers, vLLM and llama.cpp."
+)
+AS_PACKED = (
+    "Packed, the zeros of pruned weights are not stored: transformers loads this after `import llmprune`; for all "
+    "other programs `llmprune unpack` gives back the dense files, bit for bit."
 )
 
 
@@ -151,7 +156,7 @@ def show_result(result: PruneResult) -> None:
     for name, value in _facts(result):
         facts.add_row(f"[bold]{name}[/bold]", value)
     console.print(facts)
-    console.print(AS_SAVED, style="dim")
+    console.print(AS_SAVED if result.dense_bytes is None else AS_PACKED, style="dim")
     for note in report.notes:
         console.print(f"note: {note}", style="dim")
 
@@ -181,7 +186,8 @@ def _facts(result: PruneResult) -> Iterator[tuple[str, str]]:
     )
     if result.directory is not None:
         size = sum(path.stat().st_size for path in result.directory.glob("*.safetensors"))
-        yield "saved", f"{result.directory} ({size / 2**20:,.0f} MiB of weights, verified)"
+        told = _mebibytes(size) if result.dense_bytes is None else _gain(result.dense_bytes, size)
+        yield "saved", f"{result.directory} ({told} of weights, verified)"
     if result.url is not None:
         yield "pushed", result.url
 
@@ -197,6 +203,26 @@ def show_verification(result: Verification) -> None:
     console.print(
         f"{result.directory} is {'what its report says' if result.ok else 'NOT what its report says'}.", soft_wrap=True
     )
+
+
+def show_conversion(done: Conversion, verb: str) -> None:
+    """What became of a checkpoint's size, on standard output. `verb` is "packed" or "unpacked"."""
+    console = Console(highlight=False)
+    count = sum(done.patterns.values())
+    which = ", ".join(f"{number} {pattern}" for pattern, number in sorted(done.patterns.items()))
+    console.print(
+        f"{done.directory}: {_gain(done.before, done.after)} of weights; {count} of {done.tensors} tensors {verb} "
+        f"({which}), the others as they were.",
+        soft_wrap=True,
+    )
+
+
+def _gain(before: int, after: int) -> str:
+    return f"{_mebibytes(before)} → {_mebibytes(after)}, {after / before:.1%},"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.{0 if size >= 2**24 else 2}f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -9,5 +9,9 @@ layout.py       names, axes and bytes of the tensors on disk, whatever the modul
 report.py       what was done to every tensor, and what each holds, as one JSON file beside the weights
 probe.py        one question to the model before it is saved, which the reloaded one must answer alike
 verify.py       the files against that report, at any time and without the source
+packed.py       a tensor without its zeros: what it is on disk, there and back
+convert.py      whole checkpoints packed and unpacked
+stream.py       a checkpoint rewritten with one tensor in memory at a time
+rescue.py       the bitmask checkpoints of compressed-tensors ≤ 0.14, which nothing else reads any more
 hub.py          may I push, and the push
 """

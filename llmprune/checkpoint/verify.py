@@ -1,14 +1,15 @@
 """A checkpoint on disk against its report: is every tensor there, whole, and as sparse as promised?
 
 The files are read tensor by tensor with safetensors, so a checkpoint of any size can be verified on a small machine,
-at any time and without its source. Then transformers loads it as a reader would. Every violation is collected; nothing
+at any time and without its source. In a packed checkpoint each tensor is unpacked first: the report speaks of dense
+ones. Then transformers loads it as a reader would. Every violation is collected; nothing
 stops at the first.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.checkpoint.carry import INDEX, WEIGHTS
 from llmprune.checkpoint.layout import SavedWeight, digest
+from llmprune.checkpoint.packed import Entry, dense_tensor, index_name, packed_entries
 from llmprune.checkpoint.probe import Probe, logits_of
 from llmprune.checkpoint.report import Report
-from llmprune.errors import VerificationError
+from llmprune.errors import UserError, VerificationError
 from llmprune.results import PrunedWeight
 from llmprune.sparsity.pattern import NM, parse_pattern
 
@@ -99,13 +101,14 @@ def verify(
         for file, handle in shards.items():
             for name in handle.keys():  # noqa: SIM118 - not a dictionary
                 places.setdefault(name, []).append(file)
-        tensors = {name: shards[files[0]] for name, files in places.items() if name in report.tensors}
+        config, entries = _check_config(directory)
+        reader = _Reader(shards, places, entries)
         checks = [
             Check("shards readable", len(shards) + len(broken), tuple(broken)),
-            _check_names(report, places),
+            _check_names(report, places, indexes={index_name(name) for name in entries}),
             _check_index(directory, places),
-            *_check_tensors(report, tensors),
-            _check_config(directory),
+            *_check_tensors(report, [name for name in places if name in report.tensors], reader.read),
+            config,
         ]
     if reload:
         checks += _check_reload(directory, report, probe, trust_remote_code=trust_remote_code)
@@ -123,10 +126,33 @@ def _open_shards(directory: Path, stack: ExitStack) -> tuple[dict[str, Any], lis
     return shards, broken
 
 
-def _check_names(report: Report, places: Mapping[str, list[str]]) -> Check:
+@dataclass(frozen=True)
+class _Reader:
+    """Reads tensors by their names in the report, packed or not."""
+
+    shards: Mapping[str, Any]
+    places: Mapping[str, list[str]]
+    entries: Mapping[str, Entry]
+
+    def read(self, name: str) -> Tensor:
+        """The dense tensor. Raises UserError if its parts do not fit together, SafetensorError if they are damaged."""
+        if name not in self.entries:
+            return self._stored(name)
+        if index_name(name) not in self.places:
+            raise UserError(f"{name} is packed and has no {index_name(name)}")
+        return dense_tensor(name, self.entries[name], self._stored(name), self._stored(index_name(name)))
+
+    def _stored(self, name: str) -> Tensor:
+        tensor: Tensor = self.shards[self.places[name][0]].get_tensor(name)
+        return tensor
+
+
+def _check_names(report: Report, places: Mapping[str, list[str]], *, indexes: Collection[str]) -> Check:
     failures = [f"{name} is missing" for name in report.tensors if name not in places]
     failures += [
-        f"{name} is not in the report ({files[0]})" for name, files in places.items() if name not in report.tensors
+        f"{name} is not in the report ({files[0]})"
+        for name, files in places.items()
+        if name not in report.tensors and name not in indexes
     ]
     failures += [f"{name} is in {' and '.join(files)}" for name, files in places.items() if len(files) > 1]
     failures += [
@@ -150,17 +176,20 @@ def _check_index(directory: Path, places: Mapping[str, list[str]]) -> Check:
     return Check("index of the shards", len(index), tuple(f"{name} is not where it points" for name in sorted(wrong)))
 
 
-def _check_tensors(report: Report, tensors: Mapping[str, Any]) -> Iterator[Check]:
+def _check_tensors(report: Report, names: Collection[str], read: Callable[[str], Tensor]) -> Iterator[Check]:
     """Read every tensor once: its bytes, its zeros, its pattern."""
     changed: list[str] = []
     dense: list[str] = []
     zeros: dict[str, int] = {}
-    for name, shard in tensors.items():
+    for name in names:
         held = report.tensors[name]
         try:
-            tensor = shard.get_tensor(name)
+            tensor = read(name)
         except SafetensorError as error:
             changed.append(f"{name} cannot be read ({error})")
+            continue
+        except UserError as error:
+            changed.append(str(error))
             continue
         if digest(tensor) != held.sha256:
             changed.append(f"{name} differs from what was {'saved' if held.touched else 'in the source'}")
@@ -174,7 +203,7 @@ def _check_tensors(report: Report, tensors: Mapping[str, Any]) -> Iterator[Check
             zeros[weight.weight] = zeros.get(weight.weight, 0) + rows.numel() - int(torch.count_nonzero(rows))
             if fault := _pattern_fault(rows, weight):
                 dense.append(f"{name} {fault}")
-    yield Check("bytes as reported", len(tensors), tuple(changed))
+    yield Check("bytes as reported", len(names), tuple(changed))
     yield Check("pattern in pruned tensors", sum(bool(held.weights) for held in report.tensors.values()), tuple(dense))
     yield _check_counts(report, zeros)
 
@@ -212,18 +241,20 @@ def _least_zeros(row: PrunedWeight) -> int:
     return out_features * pattern.zeros_of(in_features)
 
 
-def _check_config(directory: Path) -> Check:
+def _check_config(directory: Path) -> tuple[Check, dict[str, Entry]]:
+    """The configuration, and the packed tensors that it names."""
     what = "config.json"
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return Check(what, 1, (f"config.json cannot be read ({error})",))
+        entries = packed_entries(config)
+    except (OSError, ValueError) as error:  # UserError is a ValueError
+        return Check(what, 1, (f"config.json cannot be read ({error})",)), {}
     failures = []
-    if config.get("quantization_config") is not None:
+    if entries is None and config.get("quantization_config") is not None:
         failures.append("config.json names a quantization, so readers would unpack dense weights")
     if "llmprune_config" not in config:
         failures.append("config.json has no llmprune_config")
-    return Check(what, 1, tuple(failures))
+    return Check(what, 1, tuple(failures)), entries or {}
 
 
 def _check_reload(directory: Path, report: Report, probe: Probe | None, *, trust_remote_code: bool) -> Iterator[Check]:

@@ -30,6 +30,10 @@ CHARACTERS_PER_TOKEN = 64
 
 def check_early(job: Job) -> str | None:
     """What needs no model: the output, and access to the Hub. Returns the repository to push to, if any."""
+    if job.format not in ("dense", "packed"):
+        raise UserError(f"format is one of dense, packed; got {job.format!r}.")
+    if job.format == "packed" and job.output_dir is None and not job.default_output:
+        raise UserError("format 'packed' is about what is saved: give output_dir too.")
     if job.output_dir is not None:
         source = Path(job.model) if isinstance(job.model, str) and Path(job.model).is_dir() else None
         check_output(job.output_dir, overwrite=job.overwrite, source=source, need_bytes=0)
@@ -133,7 +137,8 @@ def _target(job: Job, config: PruneConfig, loaded: Loaded) -> Path | None:
     if path is None:
         return None
     size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    return check_output(path, overwrite=job.overwrite, source=loaded.directory, need_bytes=size)
+    need = 2 * size if job.format == "packed" else size  # it is proved dense before it is packed
+    return check_output(path, overwrite=job.overwrite, source=loaded.directory, need_bytes=need)
 
 
 def _default_name(config: PruneConfig, base: str) -> str:

@@ -19,6 +19,7 @@ class Job:
 
     model : hub id, directory, `.gguf` file, `demo`, or a transformers model in memory (which needs `tokenizer`)
     output_dir : where the checkpoint goes; None: it is not saved
+    format : "dense", zeros stored as any number, which everything reads; or "packed", without them
     push_to_hub : repository id, "" for the default name in one's own namespace, None: no push
     """
 
@@ -35,6 +36,7 @@ class Job:
     default_output: bool = False
     overwrite: bool = False
     max_shard_size: str = "5GB"
+    format: str = "dense"
     push_to_hub: str | None = None
     hub_private_repo: bool = False
 
@@ -54,10 +56,17 @@ class Observer(Watcher):
 
 @dataclass(frozen=True)
 class PruneResult:
-    """model : pruned, in memory; report : what was done and measured; directory, url : where it was saved and pushed"""
+    """What `prune` returns.
+
+    model : pruned, in memory
+    report : what was done and measured
+    directory, url : where it was saved and pushed
+    dense_bytes : of the files with weights before they were packed; None where they were not
+    """
 
     model: Any
     tokenizer: Any
     report: Report
     directory: Path | None = None
     url: str | None = None
+    dense_bytes: int | None = None

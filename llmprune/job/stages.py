@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import llmprune
 from llmprune.checkpoint import hub
+from llmprune.checkpoint.convert import pack_files
 from llmprune.checkpoint.layout import fingerprint, saved_ties
 from llmprune.checkpoint.probe import take_probe
 from llmprune.checkpoint.report import REPORT, Report, command_line, describe_tensors, tool_versions, totals
@@ -44,6 +46,7 @@ class _Run:
         self.origin: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
+        self.dense_bytes: int | None = None
         self.device = device_named(job.device)
 
     def go(self) -> PruneResult:
@@ -81,7 +84,7 @@ class _Run:
         report = replace(report, after=after, seconds=dict(self.seconds), peak_memory_bytes=peak_memory(self.device))
         if target is not None:
             _replace_report(report, target)
-        result = PruneResult(loaded.model, loaded.tokenizer, report, target)
+        result = PruneResult(loaded.model, loaded.tokenizer, report, target, dense_bytes=self.dense_bytes)
         if target is None or repo is None:
             return result
         try:
@@ -131,6 +134,28 @@ class _Run:
         )
 
     def _save(self, loaded: Loaded, report: Report, target: Path) -> Report:
+        with publish(target, overwrite=self.job.overwrite) as directory:
+            if self.job.format == "dense":
+                return self._write_and_prove(loaded, report, directory)
+            dense = directory / ".dense"
+            dense.mkdir()
+            report = self._write_and_prove(loaded, report, dense)
+            return self._pack(dense, directory, report)
+
+    def _pack(self, dense: Path, directory: Path, report: Report) -> Report:
+        """Pack the proved checkpoint in `dense` into `directory`, prove that too, and remove `dense`."""
+        done = pack_files(dense, directory)
+        shutil.rmtree(dense)
+        if not done.patterns:
+            note = "no weight has enough zeros to become smaller, so the checkpoint was saved dense"
+            report = replace(report, notes=(*report.notes, note))
+            report.write(directory)
+            return report
+        verify(directory, trust_remote_code=self.job.trust_remote_code).raise_if_failed()
+        self.dense_bytes = done.before
+        return report
+
+    def _write_and_prove(self, loaded: Loaded, report: Report, directory: Path) -> Report:
         provenance = {
             "llmprune_version": llmprune.__version__,
             "model": loaded.name,
@@ -138,26 +163,23 @@ class _Run:
             **report.config,
         }
         probe = take_probe(loaded.model)
-        with publish(target, overwrite=self.job.overwrite) as directory:
-            carried = write(
-                loaded.model,
-                loaded.tokenizer,
-                directory,
-                source=loaded.directory,
-                max_shard_size=self.job.max_shard_size,
-                provenance=provenance,
-            )
-            report = replace(
-                report, tensors={**report.tensors, **carried.tensors}, notes=(*report.notes, *carried.notes)
-            )
+        carried = write(
+            loaded.model,
+            loaded.tokenizer,
+            directory,
+            source=loaded.directory,
+            max_shard_size=self.job.max_shard_size,
+            provenance=provenance,
+        )
+        report = replace(report, tensors={**report.tensors, **carried.tensors}, notes=(*report.notes, *carried.notes))
+        report.write(directory)
+        proof = verify(directory, probe=probe, trust_remote_code=self.job.trust_remote_code)
+        if not isinstance(self.job.model, str | os.PathLike) and _only_logits_differ(proof):
+            note = "the reloaded model's logits differ from the given one's, whose buffers must have been cast"
+            report = replace(report, notes=(*report.notes, note))
             report.write(directory)
-            proof = verify(directory, probe=probe, trust_remote_code=self.job.trust_remote_code)
-            if not isinstance(self.job.model, str | os.PathLike) and _only_logits_differ(proof):
-                note = "the reloaded model's logits differ from the given one's, whose buffers must have been cast"
-                report = replace(report, notes=(*report.notes, note))
-                report.write(directory)
-            else:
-                proof.raise_if_failed()
+        else:
+            proof.raise_if_failed()
         return report
 
     @contextmanager

@@ -1,0 +1,467 @@
+"""Whole checkpoints packed and unpacked: the same bits, smaller, and never half or wrong without a word."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import llmprune
+from llmprune.checkpoint import convert, stream
+from llmprune.checkpoint.convert import pack_checkpoint, unpack_checkpoint
+from llmprune.checkpoint.layout import fingerprint, saved_ties
+from llmprune.checkpoint.packed import pack_tensor
+from llmprune.checkpoint.report import Report, describe_tensors, totals
+from llmprune.checkpoint.save import write
+from llmprune.checkpoint.stream import Source
+from llmprune.checkpoint.verify import verify
+from llmprune.cli import root
+from llmprune.errors import UserError, VerificationError
+from tests.builders import FAMILIES, tiny_model
+from tests.checkpoint.pruning import prune_by_hand
+
+UP = "model.layers.1.mlp.up_proj.weight"
+IDS = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def pruned_checkpoint(
+    directory: Path,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    negative_zeros: bool = False,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """2:4, with a report. Pruning by hand leaves −0.0 behind, which the format keeps as an entry."""
+    model = tiny_model(family, dtype)
+    before = fingerprint(model)
+    pruned = prune_by_hand(model)
+    if not negative_zeros:
+        for name in {row.parameter for row in pruned}:
+            model.get_parameter(name).data += 0.0
+    directory.mkdir(parents=True)
+    write(model, None, directory, source=None, max_shard_size=max_shard_size, provenance={"a": 1})
+    tensors = describe_tensors(model, pruned, before=before)
+    Report(
+        versions={},
+        command="",
+        config={},
+        source={},
+        pruned=tuple(pruned),
+        skipped=(),
+        totals=totals(pruned, tensors),
+        tensors=tensors,
+        ties=saved_ties(model),
+    ).write(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pruned_checkpoint(tmp_path_factory.mktemp("dense") / "out")
+
+
+@pytest.fixture(scope="module")
+def packed(dense: Path) -> Path:
+    return pack_checkpoint(dense, dense.parent / "packed").directory
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    """A packed checkpoint to spoil."""
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    held: dict[str, Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            held |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    return held
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return content
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    pairs = [(one[name], other[name]) for name in one]
+    assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
+    return all(torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) for a, b in pairs)
+
+
+def spoil(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_every_family_is_packed_proved_and_unpacked(family: str, max_shard_size: str, tmp_path: Path) -> None:
+    source = pruned_checkpoint(tmp_path / "dense", family, max_shard_size=max_shard_size)
+    done = pack_checkpoint(source, tmp_path / "packed")
+    report, entries = Report.read(source), config_of(done.directory)["quantization_config"]["weights"]
+    assert entries.keys() == {name for name, held in report.tensors.items() if held.weights}
+    assert {entry["pattern"] for entry in entries.values()} == {"2:4"}
+    assert done.patterns == {"2:4": len(entries)}
+    held, plain = tensors_of(done.directory), tensors_of(source)
+    for name, entry in entries.items():
+        assert list(plain[name].shape) == entry["shape"]
+        assert 2 * entry["kept"] == plain[name].numel()
+        assert held[name].nbytes + held[f"{name}_index"].nbytes == 0.5625 * plain[name].nbytes
+    assert same_bits(
+        {n: t for n, t in held.items() if n.removesuffix("_index") not in entries},
+        {n: t for n, t in plain.items() if n not in entries},
+    )
+    verify(done.directory, reload=False).raise_if_failed()
+    back = unpack_checkpoint(done.directory, tmp_path / "back").directory
+    assert same_bits(tensors_of(back), plain)
+    assert sorted(path.name for path in back.iterdir()) == sorted(path.name for path in source.iterdir())
+    assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    for path in source.glob("*.json"):
+        assert json.loads((back / path.name).read_text()) == json.loads(path.read_text()), path.name
+    verify(back, reload=max_shard_size == "5GB").raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dtypes_are_packed(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = pruned_checkpoint(tmp_path / "dense", dtype=dtype)
+    done = pack_checkpoint(source, tmp_path / "packed")
+    assert tensors_of(done.directory)[UP].dtype == dtype
+    unpack_checkpoint(done.directory, tmp_path / "back")
+    assert same_bits(tensors_of(tmp_path / "back"), tensors_of(source))
+
+
+def test_negative_zeros_are_entries(tmp_path: Path) -> None:
+    source = pruned_checkpoint(tmp_path / "dense", negative_zeros=True)
+    done = pack_checkpoint(source, tmp_path / "packed")
+    assert done.patterns.keys() == {"any"}
+    unpack_checkpoint(done.directory, tmp_path / "back")
+    assert same_bits(tensors_of(tmp_path / "back"), tensors_of(source))
+
+
+LOAD = """
+import json, sys, warnings
+from transformers import AutoModelForCausalLM
+for directory in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(directory)
+        print(json.dumps([directory, "loaded"]))
+    except Exception as error:
+        print(json.dumps([directory, type(error).__name__]))
+assert "llmprune" not in sys.modules
+"""
+
+
+def test_plain_transformers_refuses_it_and_never_makes_up_weights(tmp_path: Path) -> None:
+    """In a process that does not import llmprune; of each family once with N:M and once with zeros anywhere."""
+    directories = []
+    for family in FAMILIES:
+        for negative_zeros in (False, True):  # with them, the pattern is "any"
+            source = pruned_checkpoint(tmp_path / f"{family}-{negative_zeros}", family, negative_zeros=negative_zeros)
+            directories.append(str(pack_checkpoint(source, source.with_suffix(".packed")).directory))
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *directories], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert list(outcomes) == directories
+    assert "loaded" not in outcomes.values(), outcomes
+
+
+def foreign_checkpoint(directory: Path, **tensors: Tensor) -> Path:
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (directory / "extra").mkdir()
+    (directory / "extra" / "notes.txt").write_text("kept")
+    return directory
+
+
+def test_a_checkpoint_of_another_tool_is_packed_where_it_becomes_smaller(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    two, four, some, few = (torch.randn(7, 24) for _ in range(4))
+    two[:, 1::4], two[:, 2::4] = 0, 0
+    four.unflatten(1, (3, 8))[:, :, 4:] = 0
+    some[torch.rand(7, 24) < 0.4] = 0
+    few[0, 0] = 0
+    held = {
+        "two": two.to(torch.float16),
+        "four": four,
+        "some": some.to(torch.bfloat16),
+        "few": few,
+        "stack": two.clone().view(7, 3, 8),
+        "odd": torch.tensor([[0, 0, 3, 0, 0], [0, 0, 0, 0, 0], [-0.0, torch.nan, 0, 0, 0]], dtype=torch.bfloat16),
+        "line": torch.zeros(8),
+        "whole": torch.zeros(8, 8, dtype=torch.int8),
+        "scalar": torch.tensor(3.0, dtype=torch.float64),
+        "none": torch.zeros(0, 8),
+    }
+    source = foreign_checkpoint(tmp_path / "dense", **held)
+    done = pack_checkpoint(source, tmp_path / "packed")
+    entries = config_of(done.directory)["quantization_config"]["weights"]
+    patterns = {name: entry["pattern"] for name, entry in entries.items()}
+    assert patterns == {"two": "2:4", "four": "4:8", "some": "any", "stack": "2:4", "odd": "any"}
+    assert (done.directory / "extra" / "notes.txt").read_text() == "kept"
+    unpack_checkpoint(done.directory, tmp_path / "back")
+    assert same_bits(tensors_of(tmp_path / "back"), held)
+
+
+def test_conv1d_of_another_tool_is_packed_along_the_other_axis(tmp_path: Path) -> None:
+    weight = torch.randn(24, 12)
+    weight[1::4], weight[2::4] = 0, 0
+    source = foreign_checkpoint(tmp_path / "dense", c_attn=weight)
+    done = pack_checkpoint(source, tmp_path / "packed")
+    assert config_of(done.directory)["quantization_config"]["weights"]["c_attn"]["pattern"] == "any"
+    unpack_checkpoint(done.directory, tmp_path / "back")
+    assert same_bits(tensors_of(tmp_path / "back"), {"c_attn": weight})
+
+
+def test_a_stack_of_experts_with_two_patterns_is_packed(tmp_path: Path) -> None:
+    source = pruned_checkpoint(tmp_path / "dense", "gpt_oss")
+    report = Report.read(source)
+    name, held = next((name, held) for name, held in report.tensors.items() if len(held.weights) > 1)
+    mixed = replace(held, weights=(replace(held.weights[0], pattern="1:4"), *held.weights[1:]))
+    replace(report, tensors={**report.tensors, name: mixed}).write(source)
+    done = pack_checkpoint(source, tmp_path / "packed")
+    assert config_of(done.directory)["quantization_config"]["weights"][name]["pattern"] == "any"
+
+
+def test_only_one_tensor_is_held_at_a_time(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was read or written for other tensors is gone when the next one is read."""
+    alive: list[tuple[str, Any]] = []
+    read, add = Source.get, stream._ShardWriter.add
+
+    def watched_read(source: Source, name: str) -> Tensor:
+        stem = name.removesuffix("_index")
+        assert not [other for other, tensor in alive if tensor() is not None and other != stem]
+        tensor = read(source, name)
+        alive.append((stem, weakref.ref(tensor)))
+        return tensor
+
+    def watched_add(writer: Any, name: str, tensor: Tensor, *kind: Any) -> None:
+        alive.append((name.removesuffix("_index"), weakref.ref(tensor)))
+        add(writer, name, tensor, *kind)
+
+    monkeypatch.setattr(Source, "get", watched_read)
+    monkeypatch.setattr(stream._ShardWriter, "add", watched_add)
+    done = pack_checkpoint(dense, tmp_path / "packed")
+    unpack_checkpoint(done.directory, tmp_path / "back")
+    assert len({name for name, _ in alive}) == done.tensors
+
+
+def wrong_pack(tensor: Tensor, record: Any) -> Any:
+    """Packs another tensor than it was given, as a fault of ours would."""
+    done = pack_tensor(tensor, record)
+    if done is not None:
+        done[1].values.flatten()[0] += 1
+    return done
+
+
+def test_a_fault_in_packing_is_found_and_nothing_is_written(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "pack_tensor", wrong_pack)
+    with pytest.raises(VerificationError, match="did not survive packing"):
+        pack_checkpoint(dense, tmp_path / "packed")
+    with pytest.raises(VerificationError, match="differs from what was saved"):
+        llmprune.prune(
+            tiny_model("llama"), dataset=IDS, method="magnitude", output_dir=tmp_path / "out", format="packed"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_into_a_cache_is_followed(dense: Path, tmp_path: Path) -> None:
+    source = tmp_path / "snapshot"
+    source.mkdir()
+    for path in dense.iterdir():
+        (source / path.name).symlink_to(path)
+    done = pack_checkpoint(source, tmp_path / "packed")
+    assert not any(path.is_symlink() for path in done.directory.iterdir())
+
+
+def with_config(directory: Path, **settings: object) -> None:
+    (directory / "config.json").write_text(json.dumps({**config_of(directory), **settings}))
+
+
+def unfinished(directory: Path, **_: object) -> None:
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {UP: "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def escaping(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: "../model.safetensors"}}))
+
+
+def taken(directory: Path) -> None:
+    spoil(directory, lambda tensors: tensors.update({f"{UP}_index": torch.ones(2)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda d: (d / "config.json").unlink(), "config.json cannot be read"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"nothing"), "cannot be read"),
+        (lambda d: with_config(d, quantization_config={"quant_method": "gptq"}), "quantized or compressed .*gptq"),
+        (lambda d: with_config(d, text_config={"quantization_config": {"quant_method": "fp8"}}), "fp8"),
+        (unfinished, "model-00002-of-00002.safetensors is missing"),
+        (escaping, "names no files beside it"),
+        (taken, f"{UP}_index, where the index"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(
+    change: Callable[[Path], object], expected: str, dense: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(dense, tmp_path / "dense"))
+    change(source)
+    with pytest.raises(UserError, match=expected):
+        pack_checkpoint(source, tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_nothing_to_gain_is_an_error(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match="no weight with enough zeros"):
+        pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_packed_is_not_packed_again_and_dense_not_unpacked(dense: Path, packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="packed already"):
+        pack_checkpoint(packed, tmp_path / "again")
+    with pytest.raises(UserError, match="dense already"):
+        unpack_checkpoint(dense, tmp_path / "again")
+    assert not list(tmp_path.iterdir())
+
+
+def change_entry(directory: Path, **settings: object) -> None:
+    config = config_of(directory)
+    config["quantization_config"]["weights"][UP] |= settings
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def change_values(tensors: dict[str, Tensor]) -> None:
+    tensors[UP] = tensors[UP][:, :-1].contiguous()
+
+
+def change_index(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}_index"][3, 1] ^= 1
+
+
+BAD: list[tuple[Callable[[Path], object], str]] = [
+    (lambda d: spoil(d, change_values), f"{UP}: "),
+    (lambda d: spoil(d, change_index), f"{UP}: the index"),
+    (lambda d: spoil(d, lambda tensors: tensors.pop(f"{UP}_index")), f"{UP}_index"),
+    (lambda d: change_entry(d, kept=3), f"{UP}: config.json"),
+    (lambda d: change_entry(d, shape=[32, 48]), f"{UP}: "),
+    (lambda d: change_entry(d, input_axis=2), f"{UP}: config.json"),
+    (lambda d: change_entry(d, pattern="1:4"), f"{UP}: "),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), BAD)
+def test_damaged_packed_data_is_refused_by_name_and_nothing_is_written(
+    change: Callable[[Path], object], expected: str, copy: Path, tmp_path: Path
+) -> None:
+    change(copy)
+    with pytest.raises(UserError, match=expected.replace(".", r"\.")):
+        unpack_checkpoint(copy, tmp_path / "back")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    found = verify(copy, reload=False)
+    assert any(UP in failure for check in found.checks for failure in check.failures)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({"format": 2}, "update llmprune"), ({"weights": [1]}, "damaged")])
+def test_a_format_that_is_not_known_is_refused(settings: dict[str, Any], expected: str, copy: Path) -> None:
+    with_config(copy, quantization_config={**config_of(copy)["quantization_config"], **settings})
+    with pytest.raises(UserError, match=expected):
+        unpack_checkpoint(copy, copy.parent / "back")
+    assert not verify(copy, reload=False).ok
+
+
+def test_verify_finds_a_changed_value_in_a_packed_checkpoint(copy: Path) -> None:
+    spoil(copy, lambda tensors: tensors[UP][2, 3:4].add_(1))
+    found = verify(copy, reload=False)
+    assert [failure for check in found.checks for failure in check.failures] == [f"{UP} differs from what was saved"]
+
+
+def run(*arguments: object) -> None:
+    root.main([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def test_the_verbs_pack_and_unpack_and_tell_the_gain(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("pack", dense, tmp_path / "packed")
+    assert "14 of 21 tensors packed (14 2:4)" in capsys.readouterr().out
+    run("unpack", tmp_path / "packed", tmp_path / "back")
+    assert "14 of 21 tensors unpacked (14 2:4)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--overwrite"):
+        run("pack", dense, tmp_path / "packed")
+    run("pack", dense, tmp_path / "packed", "--overwrite")
+    with pytest.raises(UserError, match="never changed"):
+        run("unpack", tmp_path / "packed", tmp_path / "packed", "--overwrite")
+
+
+def test_a_job_saves_packed_and_proves_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llmprune.display import show_result
+
+    model = tiny_model("llama", torch.bfloat16)
+    result = llmprune.prune(
+        model, dataset=IDS, sparsity=0.5, method="magnitude", output_dir=tmp_path / "out", format="packed"
+    )
+    assert result.directory is not None
+    assert sorted(path.name for path in result.directory.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "llmprune_report.json",
+        "model.safetensors",
+    ]
+    size = (result.directory / "model.safetensors").stat().st_size
+    assert result.dense_bytes is not None
+    assert size < result.dense_bytes
+    verify(result.directory).raise_if_failed()
+    show_result(result)
+    assert "import llmprune" in (shown := " ".join(capsys.readouterr().out.split()))
+    assert f"{size / result.dense_bytes:.1%}" in shown
+    back = unpack_checkpoint(result.directory, tmp_path / "back").directory
+    verify(back).raise_if_failed()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in tensors_of(back)}
+    assert same_bits(tensors_of(back), state)
+
+
+def test_a_job_that_gains_nothing_by_packing_says_so(tmp_path: Path) -> None:
+    result = llmprune.prune(
+        tiny_model("llama"), dataset=IDS, sparsity=0.01, method="magnitude", output_dir=tmp_path / "o", format="packed"
+    )
+    assert result.dense_bytes is None
+    assert any("saved dense" in note for note in Report.read(tmp_path / "o").notes)
+    verify(tmp_path / "o").raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"format": "zip"}, "dense, packed; got 'zip'"), ({"format": "packed"}, "give output_dir")],
+)
+def test_a_format_without_meaning_is_refused_early(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        llmprune.prune(tiny_model("llama"), dataset=IDS, **settings)
