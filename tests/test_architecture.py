@@ -1,7 +1,8 @@
 """The walls of the house: which room may import which, read from the syntax tree of every module.
 
-A room is a folder or a module directly under `llmprune`; `eval/` is the room `llmprune.eval`. Imports inside functions
-count, and so do those for type checkers: knowledge is knowledge, whenever it is loaded.
+A room is a folder or a module directly under `llmprune`, or a folder at the top that is installed there, such as
+`eval/`. Imports inside functions count, and so do those for type checkers: knowledge is knowledge, whenever it is
+loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Folders at the top of the repository that are installed as rooms of llmprune.
-MAPPED = {"eval": "llmprune.eval"}
+MAPPED = {"eval": "llmprune.eval", "triton_kernels": "llmprune.triton_kernels"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
@@ -37,8 +38,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": {"errors", "results", "config", "recipe", "walk", "methods", "sparsity", "model", "machine"},
     "checkpoint": {"errors", "results", "config", "sparsity", "model"},
     "eval": {"errors", "data", "model", "machine"},
+    "triton_kernels": set(),
+    "runtime": {"errors", "sparsity", "model", "machine", "triton_kernels"},
 }
-# The last three rows stand on everything before them, and nothing before them knows what a person sees.
+# The rows that follow stand on everything before them, and nothing before them knows what a person sees.
 MAY_IMPORT["job"] = set(MAY_IMPORT)
 MAY_IMPORT["display"] = {"checkpoint", "errors", "job", "results"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
@@ -48,6 +51,7 @@ DOORS = {"llmprune", "__main__"}
 
 # Rooms that know tensors only: besides Python's own modules they may import these.
 TENSORS_ONLY = {room: {"torch", "llmprune"} for room in ("sparsity", "methods", "recipe")}
+TENSORS_ONLY["triton_kernels"] = {"torch", "triton", "llmprune"}
 
 
 @dataclass(frozen=True)

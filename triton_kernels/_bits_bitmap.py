@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._bits_24 import permute_bytes
+from llmprune.triton_kernels._bits_24 import permute_bytes
 
 __all__ = ["dense_tile", "dense_tile_16", "load_bytes"]
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._bits_bitmap import dense_tile, load_bytes
-from ._launch import OPTIONS, PTX, blocks, on_device
-from .pack_bitmap import BitmapWeight
+from llmprune.triton_kernels._bits_bitmap import dense_tile, load_bytes
+from llmprune.triton_kernels._launch import OPTIONS, PTX, blocks, on_device
+from llmprune.triton_kernels.pack_bitmap import BitmapWeight
 
 __all__ = ["decompress_bitmap_kernel", "launch_decompress_bitmap"]
 

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._bits_sell import load_block, paths, reached
-from ._launch import OPTIONS, PTX, on_device
-from .configs_sell import default_warps
-from .pack_sell import LANES, SellWeight
+from llmprune.triton_kernels._bits_sell import load_block, paths, reached
+from llmprune.triton_kernels._launch import OPTIONS, PTX, on_device
+from llmprune.triton_kernels.configs_sell import default_warps
+from llmprune.triton_kernels.pack_sell import LANES, SellWeight
 
 __all__ = ["decompress_sell_kernel", "launch_decompress_sell"]
 

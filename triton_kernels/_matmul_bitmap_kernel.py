@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._bits_bitmap import dense_tile_16, load_bytes
-from ._launch import OPTIONS, PTX, aligned, blocks, on_device
-from ._sum_parts_kernel import sum_parts
-from .configs_bitmap import BitmapDot
-from .pack_bitmap import BitmapWeight
+from llmprune.triton_kernels._bits_bitmap import dense_tile_16, load_bytes
+from llmprune.triton_kernels._launch import OPTIONS, PTX, aligned, blocks, on_device
+from llmprune.triton_kernels._sum_parts_kernel import sum_parts
+from llmprune.triton_kernels.configs_bitmap import BitmapDot
+from llmprune.triton_kernels.pack_bitmap import BitmapWeight
 
 __all__ = ["launch_matmul_bitmap", "matmul_bitmap_kernel"]
 

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._bits_24 import unpack_pair
-from ._bits_sell import begin, load_block, look, paths, reached
-from ._launch import OPTIONS, PTX, aligned, on_device
-from ._sum_parts_kernel import sum_parts
-from .pack_sell import LANES, SellWeight
+from llmprune.triton_kernels._bits_24 import unpack_pair
+from llmprune.triton_kernels._bits_sell import begin, load_block, look, paths, reached
+from llmprune.triton_kernels._launch import OPTIONS, PTX, aligned, on_device
+from llmprune.triton_kernels._sum_parts_kernel import sum_parts
+from llmprune.triton_kernels.pack_sell import LANES, SellWeight
 
 __all__ = ["launch_matmul_sell", "matmul_sell_kernel"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pack_bitmap import BitmapWeight, unpack_bitmap
+from llmprune.triton_kernels.pack_bitmap import BitmapWeight, unpack_bitmap
 
 __all__ = ["decompress_bitmap", "decompress_bitmap_torch"]
 
@@ -49,11 +49,11 @@ def decompress_bitmap(weight: BitmapWeight, *, out: Tensor | None = None) -> Ten
 
 @torch.library.custom_op("llmprune::decompress_bitmap", mutates_args=("out",))
 def _decompress_bitmap(values: Tensor, masks: Tensor, offsets: Tensor, row_starts: Tensor, out: Tensor) -> None:
-    from ._launch import check_device
+    from llmprune.triton_kernels._launch import check_device
 
     check_device(values, "decompress_bitmap")
     if out.numel():
-        from ._decompress_bitmap_kernel import launch_decompress_bitmap
+        from llmprune.triton_kernels._decompress_bitmap_kernel import launch_decompress_bitmap
 
         launch_decompress_bitmap(BitmapWeight(values, masks, offsets, row_starts, out.shape[1]), out)
 

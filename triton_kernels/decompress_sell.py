@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pack_sell import SellWeight, unpack_sell
+from llmprune.triton_kernels.pack_sell import SellWeight, unpack_sell
 
 __all__ = ["decompress_sell", "decompress_sell_torch"]
 
@@ -45,13 +45,13 @@ def decompress_sell(weight: SellWeight, *, out: Tensor | None = None) -> Tensor:
 
 @torch.library.custom_op("llmprune::decompress_sell", mutates_args=("out",))
 def _decompress_sell(words: Tensor, starts: Tensor, slice_blocks: Tensor, row_order: Tensor, out: Tensor) -> None:
-    from ._launch import check_device
+    from llmprune.triton_kernels._launch import check_device
 
     check_device(words, "decompress_sell")
     if not words.numel():
         out.zero_()
     elif out.numel():
-        from ._decompress_sell_kernel import launch_decompress_sell
+        from llmprune.triton_kernels._decompress_sell_kernel import launch_decompress_sell
 
         weight = SellWeight(words, starts, slice_blocks, row_order, out.shape[0], out.shape[1], out.dtype)
         launch_decompress_sell(weight, out)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configs_bitmap import MOST_TOKENS_BITMAP, BitmapDot, default_bitmap, parse_bitmap
-from .pack_bitmap import BitmapWeight, unpack_bitmap
+from llmprune.triton_kernels.configs_bitmap import MOST_TOKENS_BITMAP, BitmapDot, default_bitmap, parse_bitmap
+from llmprune.triton_kernels.pack_bitmap import BitmapWeight, unpack_bitmap
 
 __all__ = ["matmul_bitmap", "matmul_bitmap_torch"]
 
@@ -82,12 +82,12 @@ def _matmul_bitmap(
     bias: Tensor | None,
     config: str,
 ) -> Tensor:
-    from ._launch import check_device
+    from llmprune.triton_kernels._launch import check_device
 
     check_device(x, "matmul_bitmap")
     if not x.shape[0] or not masks.shape[0]:
         return x.new_empty(x.shape[0], masks.shape[0])
-    from ._matmul_bitmap_kernel import launch_matmul_bitmap
+    from llmprune.triton_kernels._matmul_bitmap_kernel import launch_matmul_bitmap
 
     weight = BitmapWeight(values, masks, offsets, row_starts, x.shape[1])
     return launch_matmul_bitmap(x, weight, bias=bias, config=parse_bitmap(config))

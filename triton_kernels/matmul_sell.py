@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configs_sell import default_warps
-from .pack_sell import SellWeight, unpack_sell
+from llmprune.triton_kernels.configs_sell import default_warps
+from llmprune.triton_kernels.pack_sell import SellWeight, unpack_sell
 
 __all__ = ["MOST_TOKENS_SELL", "matmul_sell", "matmul_sell_torch"]
 
@@ -80,7 +80,7 @@ def _matmul_sell(
     out_features: int,
     warps: int,
 ) -> Tensor:
-    from ._launch import check_device
+    from llmprune.triton_kernels._launch import check_device
 
     check_device(x, "matmul_sell")
     if not x.shape[0] or not out_features:
@@ -88,7 +88,7 @@ def _matmul_sell(
     if not words.numel():  # nothing is kept: no x may even be read, for there may be no inputs
         y = x.new_zeros(x.shape[0], out_features)
         return y if bias is None else y + bias
-    from ._matmul_sell_kernel import launch_matmul_sell
+    from llmprune.triton_kernels._matmul_sell_kernel import launch_matmul_sell
 
     weight = SellWeight(words, starts, slice_blocks, row_order, out_features, x.shape[1], x.dtype)
     return launch_matmul_sell(x, weight, bias=bias, warps=warps)

@@ -26,8 +26,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .configs_sell import default_parts
-from .pack_bitmap import check_packed, kept_columns
+from llmprune.triton_kernels.configs_sell import default_parts
+from llmprune.triton_kernels.pack_bitmap import check_packed, kept_columns
 
 __all__ = ["SellWeight", "pack_sell", "unpack_sell"]
 

@@ -101,10 +101,13 @@ def load(
         options |= {"revision": commit}
         extra = _dequantization(config, name)
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **options, **extra)
+        packed = _is_packed(config)
+        if packed:
+            model = model.dequantize()
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         notes = _fetch_side_files(name, commit) if commit else ()
     base = name.rpartition("/")[2] if commit else path.resolve().name
-    return Loaded(_ready(model, dequantized=bool(extra)), tokenizer, name, base, commit, directory, notes)
+    return Loaded(_ready(model, dequantized=bool(extra) or packed), tokenizer, name, base, commit, directory, notes)
 
 
 def _load_gguf(path: Path, name: str, dtype: str) -> Loaded:
@@ -132,11 +135,9 @@ def _ready(model: Any, *, dequantized: bool) -> Any:
 
 def _dequantization(config: Any, name: str) -> dict[str, Any]:
     """The arguments that make transformers dequantize this checkpoint: none for a plain one."""
-    given = getattr(config, "quantization_config", None)
-    if not given:
+    method = _quantization(config)
+    if method is None or _is_packed(config):
         return {}
-    method = str(given.get("quant_method") if isinstance(given, dict) else given.quant_method)
-    method = method.rpartition(".")[2].lower()
     if method not in DEQUANTIZED:
         raise UnsupportedModel(
             f"{name} is quantized with {method!r}, which cannot be turned back into plain weights for pruning. "
@@ -145,6 +146,19 @@ def _dequantization(config: Any, name: str) -> dict[str, Any]:
     import transformers
 
     return {"quantization_config": getattr(transformers, DEQUANTIZED[method])(dequantize=True)}
+
+
+def _is_packed(config: Any) -> bool:
+    """Whether it is a pruned checkpoint without its zeros, docs/packed.md: its weights are plain ones once unpacked."""
+    return _quantization(config) == "llmprune"
+
+
+def _quantization(config: Any) -> str | None:
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return None
+    method = str(given.get("quant_method") if isinstance(given, dict) else given.quant_method)
+    return method.rpartition(".")[2].lower()
 
 
 def _demo_path() -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,20 +30,7 @@ def peak(wanted: dict[str, Any], form: str, new_tokens: int) -> dict[str, int]:
         densify(opened.model)
     ids = torch.ones(1, PROMPT_TOKENS, dtype=torch.int64, device=opened.device)
     generate(opened, ids, Clock(), new_tokens=new_tokens, to_the_end=True)
-    return peak_memory(opened.device) | _of_this_program()
-
-
-def _of_this_program() -> dict[str, int]:
-    """The most main memory since this program began, where Linux tells it; elsewhere nothing.
-
-    What getrusage tells begins with the memory of the process that started this one.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return {"cpu": found[0]} if found else {}
+    return peak_memory(opened.device)
 
 
 def main() -> None:
