@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -132,8 +133,7 @@ def _number(level: str | None) -> int:
     return 0 if level is None else able.index(level)
 
 
-@torch.compiler.disable
-def _load() -> tuple[str, ...]:
+def _load_now() -> tuple[str, ...]:
     global _loaded
     with _loading:
         if _loaded is None:
@@ -141,11 +141,15 @@ def _load() -> tuple[str, ...]:
                 torch.ops.load_library(str(kernel_file()))
                 _loaded = tuple(torch.ops.llmprune.cpu_levels())
             except (CannotBuild, OSError) as error:
-                _say_why_not(str(error))
                 _LIBRARY.impl("cpu_matmul", _matmul_by_unpacking, "CPU")
                 _LIBRARY.impl("cpu_expand", _expand_by_unpacking, "CPU")
                 _loaded = ()
+                _say_why_not(str(error))  # last: who makes errors of warnings gets one error, and then the results
     return _loaded
+
+
+_load: Callable[[], tuple[str, ...]] = torch.compiler.disable(_load_now)
+"""Building is nothing that torch.compile should look into."""
 
 
 def _say_why_not(reason: str) -> None:
@@ -178,7 +182,6 @@ def _expand_by_unpacking(
 # What torch.compile asks: shapes, without computing.
 
 
-@torch.library.register_fake("llmprune::cpu_matmul", lib=_LIBRARY)
 def _shape_of_matmul(
     x: Tensor,
     values: Tensor,
@@ -191,8 +194,11 @@ def _shape_of_matmul(
     return x.new_empty(*x.shape[:-1], index.shape[0])
 
 
-@torch.library.register_fake("llmprune::cpu_expand", lib=_LIBRARY)
 def _shape_of_expand(
     values: Tensor, index: Tensor, starts: Tensor | None, in_features: int, out: Tensor, level: int = 0
 ) -> None:
     return None
+
+
+torch.library.register_fake("llmprune::cpu_matmul", _shape_of_matmul, lib=_LIBRARY)
+torch.library.register_fake("llmprune::cpu_expand", _shape_of_expand, lib=_LIBRARY)
