@@ -8,8 +8,15 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 from torch import Tensor
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError(
+        "kernels for a GPU need triton, which is there for Linux: pip install triton; "
+        "elsewhere the operations whose names end in _torch do the same"
+    ) from error
 
 __all__ = ["INTERPRETED", "OPTIONS", "PTX", "aligned", "as_words", "blocks", "check_device", "on_device"]
 
