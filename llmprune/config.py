@@ -33,7 +33,7 @@ NO_STEPS: dict[str, Any] = {
 """A method as its paper has it."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": NO_STEPS | {"method": "wanda", "refit": 3},
+    "fast": NO_STEPS | {"method": "alps", "admm_steps": 0, "refit": 3, "dampening_frac": 0.05},
     "balanced": NO_STEPS | {"method": "alps", "dense_targets": True, "dampening_frac": 0.05},
     "best": NO_STEPS
     | {
@@ -63,7 +63,7 @@ class PruneConfig:
     permute : for N:M, let neurons and value dimensions change places first, so that the pattern keeps more
     dense_targets : aim at the outputs that the dense model would give on its own inputs
     polish : for N:M, sweeps in which every group may choose again what it keeps, 0 for none
-    refit : conjugate-gradient steps on the mask, 0 for none
+    refit : conjugate-gradient steps on the mask, in place of those that the method has; 0: as the method has it
     tune : passes over the calibration windows to tune each half of a layer with its masks fixed, 0 for none
     distill : passes over the calibration windows to tune all layers together towards the dense model's predictions,
         masks fixed, 0 for none; needs five times the model's float32 size in memory
@@ -177,7 +177,10 @@ class PruneConfig:
         for name in ("block_size", "admm_steps"):
             if getattr(self, name) is not None and name not in known:
                 raise UserError(f"{name} is a setting that method {self.method} does not have. Leave it out.")
-        return kind(**{name: value for name, value in asdict(self).items() if name in known and value is not None})
+        settings = {name: value for name, value in asdict(self).items() if name in known and value is not None}
+        if self.refit and "refit_steps" in known:
+            settings["refit_steps"] = self.refit
+        return kind(**settings)
 
     def build_allocation(self) -> Allocation:
         """Where the zeros go."""
@@ -195,11 +198,12 @@ class PruneConfig:
         assert self.polish is not None
         assert self.refit is not None
         assert self.dampening_frac is not None
+        method = self.build_method()
         return Recipe(
-            self.build_method(),
+            method,
             bool(self.dense_targets),
             self.polish,
-            self.refit,
+            0 if hasattr(method, "refit_steps") else self.refit,
             self.dampening_frac,
             hold_out=bool(self.tune or self.distill),
         )

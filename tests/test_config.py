@@ -78,12 +78,18 @@ def test_a_config_is_frozen_and_checked_again_when_replaced() -> None:
         ),
         (PruneConfig(method="alps", dampening_frac=0.1), Alps(dampening_frac=0.1)),
         (PruneConfig(method="alps", admm_steps=40), Alps(admm_steps=40)),
+        (PruneConfig(method="alps", refit=20), Alps(refit_steps=20)),
         (PruneConfig(method="wanda"), Wanda()),
         (PruneConfig(method="magnitude"), Magnitude()),
     ],
 )
 def test_the_method_gets_its_settings(config: PruneConfig, method: Any) -> None:
     assert config.build_method() == method
+
+
+def test_a_method_that_refits_by_itself_is_not_refitted_twice() -> None:
+    assert PruneConfig(method="alps", refit=20).recipe.refit == 0
+    assert PruneConfig(method="wanda", refit=20).recipe.refit == 20
 
 
 def test_without_a_word_the_effort_is_balanced() -> None:

@@ -97,9 +97,11 @@ class Alps:
         if not (problem.target.masked_fill(keep, 0) != 0).any():  # it has the pattern already: nothing to repair
             mask = keep.T.contiguous()
             return Solution(weight.where(mask, 0), mask)
-        state = _admm(problem, choice, keep, penalty=self.first_penalty, steps=self.admm_steps)
-        keep = choice.exact(state)
-        solved = problem.solve_on(keep, state.mul_(keep), self.refit_steps)
+        state = problem.target
+        if self.admm_steps:
+            state = _admm(problem, choice, keep, penalty=self.first_penalty, steps=self.admm_steps)
+            keep = choice.exact(state)
+        solved = problem.solve_on(keep, state * keep, self.refit_steps)
         mask = keep.T.contiguous()
         return Solution(problem.from_scaled(solved).where(mask, 0), mask)
 
@@ -107,8 +109,6 @@ class Alps:
 def _admm(problem: LeastSquares, choice: _Choice, keep: Tensor, *, penalty: float, steps: int) -> Tensor:
     """The state S (in_features, out_features) when the mask rests, or after so many steps."""
     state = problem.target * keep
-    if not steps:
-        return state
     inverse, before, kept = _inverse(problem.matrix, penalty), keep, keep.sum().item()
     sign, pulled = torch.empty_like(state), torch.empty_like(state)  # once: at every step they would cost as much again
     for step in range(1, steps + 1):

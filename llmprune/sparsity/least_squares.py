@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["LeastSquares", "damped", "refit"]
@@ -73,11 +74,12 @@ class LeastSquares:
         steps : at most so many; each is one product with `matrix`
         """
         solution = start.clone()
-        residual = (self.product - self.matrix @ start).mul_(keep)
+        residual = self.product.addmm(self.matrix, start, alpha=-1).mul_(keep)
         direction, size = residual.clone(), residual.square().sum(0)
         first = size.clone()
+        image = torch.empty_like(direction)
         for _ in range(steps):
-            image = (self.matrix @ direction).mul_(keep)
+            torch.mm(self.matrix, direction, out=image).mul_(keep)
             step = size / (direction * image).sum(0).clamp_min_(_TINY)
             # Columns that are solved to the last digit stop, or rounding would make them wander.
             step.masked_fill_(size <= 1e-12 * first, 0)
