@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -221,7 +222,8 @@ def test_ctrl_c_leaves_nothing_behind(desk: Desk) -> None:
     """Interrupted in the middle of the layers: one sentence, exit code 130, no file and no temporary directory."""
     command = [sys.executable, "-u", "-m", "llmprune", "--model", "gpt2", "--dataset", "text.txt", "--no-eval"]
     command += ["--num-samples", "400", "--seq-len", "8", "--output-dir", "interrupted"]
-    with subprocess.Popen(command, cwd=desk.folder, stderr=subprocess.PIPE, text=True) as process:
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background inherits deafness
+    with subprocess.Popen(command, cwd=desk.folder, stderr=subprocess.PIPE, text=True, preexec_fn=heeded) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "Relative output error" in line:

@@ -32,6 +32,9 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Folders of code, and where they lie in the wheel.
+TOPS = {"llmprune": "llmprune", "eval": "llmprune/eval", "triton_kernels": "llmprune/triton_kernels"}
+
 # Declared because transformers asks for it where our code never names it.
 INDIRECT = {"accelerate", "gguf"}
 
@@ -107,15 +110,27 @@ def test_package_list_is_the_folders(project: dict[str, Any]) -> None:
     """An unlisted folder would import from a checkout and be missing from the wheel."""
     table = project["tool"]["setuptools"]
     mapped, packages = table["package-dir"], table["packages"]
-    places = {ROOT / mapped.get(package, package.replace(".", "/")) for package in packages}
-    folders = {path.parent for path in [*ROOT.glob("*/__init__.py"), *ROOT.glob("llmprune/**/__init__.py")]}
-    assert places == folders
+    assert mapped == {place.replace("/", "."): top for top, place in TOPS.items() if top != place}
+    places = {_folder(package) for package in packages}
+    tops = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert tops == set(TOPS)
+    assert places == {path.parent for top in tops for path in (ROOT / top).rglob("__init__.py")}
     assert packages == sorted(set(packages))
+
+
+def _folder(package: str) -> Path:
+    """Where the checkout keeps a package that may lie in a mapped one."""
+    path = package.replace(".", "/")
+    top, place = max(
+        ((top, place) for top, place in TOPS.items() if f"{path}/".startswith(f"{place}/")),
+        key=lambda each: len(each[1]),
+    )
+    return ROOT / (top + path.removeprefix(place))
 
 
 def test_folders_of_code_are_packages() -> None:
     """The test above finds folders by their `__init__.py`, so none may lack it."""
-    folders = {path.parent for top in ("llmprune", "eval") for path in (ROOT / top).rglob("*.py")}
+    folders = {path.parent for top in TOPS for path in (ROOT / top).rglob("*.py")}
     assert all((folder / "__init__.py").exists() for folder in folders)
 
 
@@ -123,10 +138,11 @@ def test_wheel_holds_one_package_and_every_module(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"llmprune", f"llmprune-{llmprune.__version__}.dist-info"}
-    modules = {f"llmprune/{path.relative_to(ROOT / 'llmprune')}" for path in (ROOT / "llmprune").rglob("*.py")}
-    modules |= {f"llmprune/eval/{path.relative_to(ROOT / 'eval')}" for path in (ROOT / "eval").rglob("*.py")}
+    modules = {
+        f"{place}/{path.relative_to(ROOT / top)}" for top, place in TOPS.items() for path in (ROOT / top).rglob("*.py")
+    }
     assert {name for name in names if name.endswith(".py")} == modules
-    assert "llmprune/py.typed" in names
+    assert {"llmprune/py.typed", "llmprune/runtime/cpu_kernel.cpp", "llmprune/runtime/cpu_rows.h"} <= set(names)
 
 
 def test_command_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
@@ -134,15 +150,18 @@ def test_command_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
 
 
 def test_every_module_imports_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    """Where there is no triton, too: only the kernels themselves and the tools for testing them need it."""
+    needs_triton = r"__main__|\.triton_kernels\.(_|testing\.)"
     code = (
-        "import importlib, pkgutil, llmprune\n"
-        "names = [m.name for m in pkgutil.walk_packages(llmprune.__path__, 'llmprune.') if '__main__' not in m.name]\n"
+        "import importlib, pkgutil, re, llmprune\n"
+        "names = [m.name for m in pkgutil.walk_packages(llmprune.__path__, 'llmprune.')]\n"
+        f"names = [name for name in names if not re.search({needs_triton!r}, name)]\n"
         "[importlib.import_module(name) for name in names]\n"
         "print(llmprune.__file__, *names)"
     )
     file, *names = run(installed / "python", "-c", code, cwd=tmp_path).split()
     assert Path(file).is_relative_to(installed.parent), "this tested the checkout, not the wheel"
-    assert {"llmprune.eval", "llmprune.methods", "llmprune.errors"} <= set(names)
+    assert {"llmprune.eval", "llmprune.methods", "llmprune.errors", "llmprune.triton_kernels.matmul_24"} <= set(names)
 
 
 def test_dependencies_are_what_the_code_imports(project: dict[str, Any]) -> None:
@@ -166,6 +185,8 @@ def test_pins_meet_the_minimums(project: dict[str, Any]) -> None:
     pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, filter(None, map(_uncommented, lines)))}
     wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["dev"]]
     for need in map(Requirement, wanted):
+        if need.name == "llmprune":  # its extra for GPUs: triton, which torch's own builds pin
+            continue
         pin = pins[canonicalize_name(need.name)]
         (version,) = (clause.version for clause in pin.specifier)
         assert need.specifier.contains(version), f"{pin} does not meet {need}"

@@ -33,6 +33,10 @@ SIZES = {
     "llmprune --model ./m.gguf --sparsity 4:8": [*TINY, "--effort", "fast"],
     "llmprune eval --model ./pruned --dataset wikitext2": ["--tokens", "256", "--seq-len", "32"],
     "llmprune verify ./pruned": [],
+    "llmprune pack ./pruned ./packed": [],
+    'llmprune generate ./packed --prompt "Once upon a time"': ["--max-new-tokens", "4"],
+    "llmprune bench ./packed": ["--max-new-tokens", "4", "--rounds", "1", "--no-memory"],
+    "llmprune unpack ./packed ./dense": [],
 }
 """What is added to each command, to keep it short: sizes, and less effort on the large model."""
 
@@ -82,18 +86,30 @@ def test_a_gguf_file(desk: Desk) -> None:
     (desk.folder / "m.gguf").symlink_to(demo_gguf())
     command = "llmprune --model ./m.gguf --sparsity 4:8"
     assert "4:8" in desk.llmprune(*shlex.split(command)[1:], *SIZES[command]).stdout
-    shutil.rmtree(desk.folder / "m-wanda-4of8")  # half a gigabyte
+    shutil.rmtree(desk.folder / "m-alps-4of8")  # half a gigabyte
+
+
+def python_examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_the_python_example(desk: Desk) -> None:
     """The first Python block, with sizes put in."""
-    block = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert block is not None
-    code = block[1].replace('method="wanda"', 'method="wanda", num_samples=4, seq_len=32')
-    assert code != block[1]
+    example, _ = python_examples()
+    code = example.replace('method="wanda"', 'method="wanda", num_samples=4, seq_len=32')
+    assert code != example
     done = desk.run(sys.executable, "-c", f"{code}\nprint(result.report.totals['pruned_weights'])")
     assert done.stdout.strip() == "8"
     assert (desk.folder / "gpt2-2of4" / "model.safetensors").exists()
+
+
+def test_the_python_example_with_a_packed_model(desk: Desk) -> None:
+    """The second Python block, on what the first one pruned."""
+    if not (desk.folder / "packed").exists():
+        desk.llmprune("pack", "pruned", "packed")
+    _, example = python_examples()
+    code = example + "\nprint(sorted({type(module).__name__ for module in model.modules()}))"
+    assert "'SparseLinear'" in desk.run(sys.executable, "-c", code).stdout
 
 
 @pytest.mark.real
