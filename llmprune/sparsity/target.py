@@ -11,6 +11,10 @@ no method needs to know. But the shift is learned from few tokens and can ruin a
 hundredth of the mean diagonal, on 16 384 tokens, perplexity 29 became 2 749. So λ and a step along S are chosen on
 windows that S was not learned from: the error there is a parabola in the step, and its lowest point between 0 and 1
 can be no worse than no shift at all. Then S is computed once more, from all windows, unless these must stay unseen.
+
+Of the step that the held-out windows ask for only a share is taken. These windows are of the calibration text; what
+is fitted to it linear by linear costs other text more than it gains, and the errors add up from layer to layer. On a
+parabola any step between none and twice the best is still a gain.
 """
 
 from __future__ import annotations
@@ -27,6 +31,11 @@ __all__ = ["Shift", "shifted_target"]
 
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Values of λ that are tried, as fractions of H's mean diagonal."""
+
+SHARE = 0.4
+"""Of the best step. On SmolLM2-135M at 2:4, with 32 windows × 512 tokens of C4 and `--effort balanced`, perplexities of
+8 192 tokens of WikiText-2's validation part and of unseen C4 were 70.0 and 87.2 so; with 0.7 of the step 73.4 and 87.6,
+with all of it 78.8 and 91.6."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,13 @@ class Shift:
 
 
 def shifted_target(
-    weight: Tensor, known: PairedHessian, held: PairedHessian, rows: list[int], *, learn_from_all: bool = True
+    weight: Tensor,
+    known: PairedHessian,
+    held: PairedHessian,
+    rows: list[int],
+    *,
+    learn_from_all: bool = True,
+    share: float = SHARE,
 ) -> Shift:
     """The weight that should be approached in place of `weight`.
 
@@ -56,6 +71,7 @@ def shifted_target(
     known : statistic of the windows to learn from
     held : statistic of other windows, to choose λ and the step on
     rows : output rows of each stacked linear: each has a step of its own
+    share : of the best step, that is taken
     learn_from_all : whether S itself is computed once more with the held-out windows
     """
     wanted, held_hessian = weight @ held.difference, held.matrix
@@ -65,7 +81,7 @@ def shifted_target(
         # ‖R − step · X Sᵀ‖² with R = (X_d − X) Wᵀ on the held-out windows, for each linear.
         along = _per_linear((wanted * shift).sum(1), rows)
         square = _per_linear(((shift @ held_hessian) * shift).sum(1), rows)
-        step = (along / square.clamp_min(1e-30)).clamp(0, 1)
+        step = share * (along / square.clamp_min(1e-30)).clamp(0, 1)
         gain = (2 * step * along - step.square() * square).sum().item()
         if gain > best_gain:
             best_gain, best_frac, best_step = gain, fraction, step

@@ -56,11 +56,14 @@ def test_centred_is_the_statistic_of_centred_inputs() -> None:
 def test_with_plenty_of_tokens_it_is_the_regression_on_the_dense_outputs() -> None:
     weight = random_weight(OUT, WIDTH)
     known, held = (changed_inputs(20_000, seed) for seed in (0, 1))
-    shift = shifted_target(weight, paired(*known), paired(*held), [OUT])
+    shift = shifted_target(weight, paired(*known), paired(*held), [OUT], share=1)
     inputs, dense = (torch.cat(pair).double() for pair in zip(known, held, strict=True))
     truth = torch.linalg.lstsq(inputs, dense @ weight.double().T).solution.T
     found, best = missing(*held, weight, shift.target), missing(*held, weight, truth)
     assert best <= found < 1.1 * best
+    part = shifted_target(weight, paired(*known), paired(*held), [OUT], share=0.25)
+    torch.testing.assert_close(part.target - weight, 0.25 * (shift.target - weight), rtol=1e-3, atol=1e-4)
+    assert 0.4 < part.gain / shift.gain < 0.44  # on a parabola, 7/16 where the whole step is the best
     assert found < 0.5 * missing(*held, weight, weight)
     assert shift.step[0] > 0.9
 
