@@ -27,7 +27,7 @@ __all__ = ["Predictions", "distill", "divergence", "predictions"]
 TOP = 128
 """Most likely tokens that are written down at each position."""
 
-LEARNING_RATE = 5e-5
+LEARNING_RATE = 1e-4
 """At the first step; see `walk/tuning.py` for how it falls."""
 
 
