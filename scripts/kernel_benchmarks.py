@@ -1,6 +1,7 @@
 """What bench_kernels measures: the registry of products with a weight, and how one is timed.
 
-To add a kernel: a row in `CANDIDATES`. Dense rows are the baselines that the others are divided by.
+To add a kernel: a row in `CANDIDATES`. Dense rows are the baselines that the others are divided by. Products on a GPU
+have their registry in gpu_candidates.py and are timed by gpu_check, because there a clock in Python measures launches.
 
 Weights are rotated: each candidate gets so many copies of its own that they exceed the largest cache three times over,
 and one pass multiplies with each of them once, as a model does. All candidates of a case take turns in every round, so

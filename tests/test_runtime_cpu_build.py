@@ -109,6 +109,22 @@ def test_without_a_cache_folder_a_temporary_one_serves(
     assert _calls(log) == CALLS
 
 
+def test_a_user_without_a_home_gets_the_temporary_folder_and_it_must_be_theirs(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    compiler()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(cpu_build.Path, "home", homeless)
+    folder = kernel_file().parent
+    assert folder.parent == tmp_path
+    folder.chmod(0o777)
+    with pytest.raises(CannotBuild, match="XDG_CACHE_HOME"):
+        kernel_file()
+
+
 def test_a_temporary_folder_that_others_may_write_to_is_not_trusted(
     compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

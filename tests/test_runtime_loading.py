@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
 from llmprune.errors import UserError
+from llmprune.model import quiet_transformers
 from llmprune.runtime import dispatch
 from llmprune.runtime.placement import sparse_linears
 from llmprune.runtime.sparsify import densify, sparsify
@@ -143,6 +144,18 @@ def test_fused_experts_are_told_of_once(pair_of: Callable[..., Pair], caplog: py
     assert "experts.0.w1.weight and 23 more" in told
 
 
+def test_who_silences_transformers_is_not_told_of_fused_experts(
+    pair_of: Callable[..., Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        with quiet_transformers():
+            load(pair_of("mixtral").packed)
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if "unpacked while" in record.getMessage()]
+
+
 def test_some_experts_stored_dense_among_packed_ones(pair_of: Callable[..., Pair], tmp_path: Path) -> None:
     pair = pair_of("qwen3_moe")
     (tmp_path / "config.json").write_bytes((pair.packed / "config.json").read_bytes())
@@ -182,6 +195,18 @@ def test_the_model_without_its_head(pair_of: Callable[..., Pair]) -> None:
         with torch.inference_mode():
             packed, dense = (AutoModel.from_pretrained(path)(IDS)[0] for path in (pair.packed, pair.dense))
         torch.testing.assert_close(packed, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_offloaded_is_not_held_after_its_forward(pair_of: Callable[..., Pair], tmp_path: Path) -> None:
+    pair = pair_of("llama")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(pair.packed, device_map=places, offload_folder=tmp_path)
+    stays, goes = (sparse_linears(model)[f"model.layers.{layer}.mlp.up_proj"] for layer in (0, 1))
+    assert goes.weight.is_meta
+    assert torch.equal(logits(model), logits(load(pair.packed)))
+    assert goes._source is goes._weight is None
+    assert stays._source is stays.weight
 
 
 # Saving again ---------------------------------------------------------------------------------------------------------
@@ -264,6 +289,21 @@ def entry_without_shape(tensors: dict[str, Tensor], config: dict[str, Any]) -> N
     del config["weights"][KEY]["shape"]
 
 
+def weights_as_a_list(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    config["weights"] = [KEY]
+
+
+def entry_with(**settings: Any) -> Callable[..., None]:
+    def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        config["weights"][KEY] |= settings
+
+    return change
+
+
+def any_where_it_is_2_of_4(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    next(entry for entry in config["weights"].values() if entry["pattern"] == "2:4")["pattern"] = "any"
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -272,6 +312,15 @@ def entry_without_shape(tensors: dict[str, Tensor], config: dict[str, Any]) -> N
         (one_bit_more, "up_proj.weight does not fit"),
         (from_the_future, "upgrade"),
         (entry_without_shape, KEY),
+        (weights_as_a_list, "is a table"),
+        (entry_with(shape=None), KEY),
+        (entry_with(shape=[48.5, 32]), KEY),
+        (entry_with(shape=[]), KEY),
+        (entry_with(input_axis="1"), KEY),
+        (entry_with(pattern="9:9"), KEY),
+        (entry_with(pattern=7), KEY),
+        (entry_with(kept=None), KEY),
+        (any_where_it_is_2_of_4, r"values of shape \[\d+\]"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(

@@ -97,6 +97,16 @@ def test_a_gradient_is_refused() -> None:
         assert not module(x).requires_grad
 
 
+def test_a_weight_that_shall_be_trained_is_refused() -> None:
+    module, _ = linear()
+    module(torch.randn(2, 64))
+    module.weight.requires_grad_(True)
+    with pytest.raises(UserError, match="requires_grad=True"):
+        module(torch.randn(2, 64))
+    with torch.no_grad():
+        assert not module(torch.randn(2, 64)).requires_grad
+
+
 def test_what_does_not_fit_is_refused() -> None:
     module, _ = linear()
     with pytest.raises(RuntimeError, match=r"\(\.\.\., 64\)"):
@@ -164,6 +174,17 @@ def test_a_weight_that_is_replaced_is_noticed() -> None:
     assert_product(module, 2 * weight, torch.randn(2, 64), tolerance=1e-5)
 
 
+def test_a_replica_of_data_parallel_holds_the_weight_as_an_attribute() -> None:
+    module, weight = linear()
+    x = torch.randn(2, 64)
+    module(x)
+    replica = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, 2 * parameter.data)
+    assert_product(module, weight, x, tolerance=1e-5)
+    assert torch.equal(replica(x), 2 * module(x))
+
+
 def test_the_dense_weight_comes_back_bit_for_bit() -> None:
     module, weight = linear(dtype=torch.bfloat16)
     assert torch.equal(module.dense().view(torch.int16), weight.view(torch.int16))
@@ -176,6 +197,16 @@ def test_compiled_it_is_one_operator() -> None:
         for tokens in (2, 9):
             x = torch.randn(tokens, 64)
             assert torch.equal(compiled(x), module(x))
+
+
+def test_compiled_under_autocast_it_gives_the_same() -> None:
+    module, _ = linear(dtype=torch.bfloat16)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 64)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        y = compiled(x)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, module(x))
 
 
 def test_running_adds_nothing_to_the_state() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmprune.errors import UserError
 from llmprune.runtime import timing
 from llmprune.runtime.dispatch import choose, rounded
 from llmprune.runtime.paths import paths
@@ -74,11 +75,32 @@ def test_what_was_known_of_other_weights_stays(weight: SparseWeight) -> None:
     assert timing.measured(other, 1) == {"kernel": 1.0}
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"microseconds": [], "may_hold": 1}', '{"microseconds": {"a": 1}}'])
+KIND = "2:4 float32 16x64 50%"
+
+UNREADABLE = (
+    "",
+    "[1]",
+    '{"microseconds": [], "may_hold": 1}',
+    '{"microseconds": {"a": 1}}',
+    f'{{"microseconds": {{"{KIND}": {{"few": {{"kernel": 1}}}}}}, "may_hold": 1}}',
+    f'{{"microseconds": {{"{KIND}": {{"1": {{"kernel": null}}}}}}, "may_hold": 1}}',
+)
+
+
+@pytest.mark.parametrize("content", UNREADABLE)
 def test_a_file_that_cannot_be_read_counts_as_none(content: str, file: Path, weight: SparseWeight) -> None:
     file.write_text(content)
     timing.forget()
     assert timing.measured(weight, 1) == {}
+
+
+def test_where_nothing_can_be_kept_the_error_says_where(
+    file: Path, weight: SparseWeight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.touch()
+    monkeypatch.setattr(timing, "timings_file", lambda device: file / "timings.json")
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        store(weight, {"1": {"expand": 1.0}})
 
 
 def test_tuning_times_every_path_and_is_taken_into_use(file: Path, weight: SparseWeight) -> None:
@@ -88,7 +110,7 @@ def test_tuning_times_every_path_and_is_taken_into_use(file: Path, weight: Spars
         assert set(times) == set(paths(weight, int(tokens)))
         assert min(times.values()) > 0
     kept = json.loads(file.read_text())
-    assert kept["microseconds"] == {"2:4 float32 16x64 50%": found.microseconds}
+    assert kept["microseconds"] == {KIND: found.microseconds}
     assert kept["about"]["torch"] == torch.__version__
     fastest = min(("kernel", "expand"), key=found.microseconds["1"].__getitem__)
     assert choose(weight, 1, NAMES) == found.chosen["1"] == fastest

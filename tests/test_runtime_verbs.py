@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from llmprune.cli import main, root
+from llmprune.errors import UserError
 from llmprune.runtime import peak, timing
 from llmprune.runtime.bench import bench
 from llmprune.runtime.opening import Wanted, open_model
@@ -56,6 +58,8 @@ def test_generate_draws_the_same_with_the_same_seed(pair: Pair) -> None:
     [
         (["generate", "{packed}", "--prompt", ""], "--prompt is empty"),
         (["generate", "{packed}", "--prompt", "a", "--temperature", "-1"], "--temperature"),
+        (["generate", "{packed}", "--prompt", "abcd", "--max-new-tokens", "61"], "takes 64 tokens; got a prompt of 4"),
+        (["generate", "{packed}", "--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["generate", "{packed}", "--prompt", "a", "--dtype", "int4"], "--dtype is one of"),
         (["generate", "{nowhere}", "--prompt", "a"], "cannot be loaded"),
         (["generate", "{mute}", "--prompt", "a"], "needs a tokenizer"),
@@ -96,6 +100,32 @@ def test_bench_puts_both_side_by_side(pair: Pair) -> None:
     table = run("bench", pair.dense, *settings).stdout  # packed in memory, a prompt drawn at random
     assert "The same 6 tokens from both." in table
     assert "14 packed linears" in table
+
+
+def test_experts_that_run_dense_are_told_of(tmp_path: Path) -> None:
+    made = packed_pair("mixtral", tmp_path)
+    packed, dense = made.packed, load_file(made.dense / "model.safetensors")
+    tiny_tokenizer().save_pretrained(packed)
+    done = run("generate", packed, "--prompt", "ab", "--max-new-tokens", 2, "--device", "cpu")
+    assert "8 packed linears (24 packed weights became dense while loading)." in done.stderr
+    config = json.loads((packed / "config.json").read_text())
+    weights = config["quantization_config"]["weights"]
+    tensors = load_file(packed / "model.safetensors")
+    for key in [key for key in weights if "experts" not in key]:  # as of a model of which only experts were pruned
+        tensors[key] = torch.ones_like(dense[key])
+        del tensors[f"{key}_index"], weights[key]
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its 24 packed weights are parts of fused parameters"):
+        bench(Wanted(str(packed), device="cpu"), None, new_tokens=2, rounds=1)
+
+
+def test_bench_says_when_memory_cannot_be_taken(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmprune.runtime import bench as module
+
+    monkeypatch.setattr(module.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="status 1 .*--no-memory"):
+        bench(Wanted(str(pair.packed), device="cpu"), "abc", new_tokens=2, rounds=1)
 
 
 def test_bench_says_where_texts_part(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

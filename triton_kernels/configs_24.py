@@ -205,11 +205,13 @@ def _default_portable(shape: Shape24) -> Gemv | ExpandDot:
 
 def candidates_24(shape: Shape24) -> list[Config24]:
     """The configs worth timing for this product, the default one first; none if no kernel fits."""
-    every: list[Config24] = [*_mma_candidates(shape), *_gemv_candidates(shape), *_expand_dot_candidates(shape)]
-    fitting = [config for config in every if config.refusal(shape) is None]
-    if not fitting:
-        return []
-    return list(dict.fromkeys([default_24(shape), *fitting]))
+    every: list[Config24] = [
+        *(_default_mma(shape), _default_portable(shape)),
+        *_mma_candidates(shape),
+        *_gemv_candidates(shape),
+        *_expand_dot_candidates(shape),
+    ]
+    return list(dict.fromkeys(config for config in every if config.refusal(shape) is None))
 
 
 def _mma_candidates(shape: Shape24) -> list[Mma]:

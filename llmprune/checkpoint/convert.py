@@ -114,7 +114,7 @@ def pack_files(source: Path, directory: Path, *, into: Path | None = None) -> Co
         entries[name], packed = done
         return [(name, packed.values), (index_name(name), packed.index)]
 
-    with write_errors(directory):
+    with write_errors(into or directory):
         rewrite(opened, directory, turn)
         copy_others(opened, directory, but=[_CONFIG])
         if entries:

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import click
@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from llmprune.errors import UserError
-from llmprune.runtime.generate import Clock, generate, model_options
-from llmprune.runtime.opening import Opened, Wanted, open_model, token_ids
+from llmprune.runtime.generate import Clock, generate, model_options, prompt_tokens
+from llmprune.runtime.opening import Opened, Wanted, form_of, nothing_packed, open_model, token_ids
 from llmprune.runtime.sparsify import densify, sparsify
 from llmprune.runtime.timing import about
 
@@ -55,11 +55,13 @@ class Measured:
 class Bench:
     """Both models and what they have in common.
 
+    unpacked_weights : packed in the checkpoint and dense in memory in both, as fused experts are
     differs_at : the first new token that is not the same, counted from 0; None if all are
     """
 
     model: str
     packed_linears: int
+    unpacked_weights: int
     prompt_tokens: int
     new_tokens: int
     rounds: int
@@ -93,10 +95,10 @@ def bench(wanted: Wanted, prompt: str | None, *, new_tokens: int, rounds: int, m
     Raises
     ------
     UserError
-        if the model cannot be loaded, or nothing in it is worth packing.
+        if the model cannot be loaded, nothing in it is worth packing, or it does not take so many tokens.
     """
     sparse, dense, stored_packed = _both(wanted)
-    ids = _random_prompt(sparse) if prompt is None else token_ids(sparse, prompt)
+    ids = _random_prompt(sparse, new_tokens) if prompt is None else token_ids(sparse, prompt)
     rows = {"dense": _still(dense), "sparse": _still(sparse)}
     for opened in (sparse, dense):  # kernels are compiled and forms made
         _run(opened, ids, 2)
@@ -108,6 +110,7 @@ def bench(wanted: Wanted, prompt: str | None, *, new_tokens: int, rounds: int, m
     return Bench(
         model=wanted.name,
         packed_linears=sparse.packed,
+        unpacked_weights=sparse.unpacked,
         prompt_tokens=ids.shape[1],
         new_tokens=new_tokens,
         rounds=rounds,
@@ -126,14 +129,15 @@ def _both(wanted: Wanted) -> tuple[Opened, Opened, bool]:
         return first, second, True
     count = sparsify(first.model)
     if not count:
-        raise UserError(f"{wanted.name} has no linear that is smaller packed: prune it first (llmprune --model …).")
-    return Opened(first.model, first.tokenizer, first.device, count), second, False
+        raise nothing_packed(first, wanted.name)
+    return replace(first, packed=count), second, False
 
 
-def _random_prompt(opened: Opened) -> torch.Tensor:
+def _random_prompt(opened: Opened, new_tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     words = opened.model.config.get_text_config().vocab_size
-    return torch.randint(words, (1, PROMPT_TOKENS), generator=generator).to(opened.device)
+    length = prompt_tokens(opened, PROMPT_TOKENS, new_tokens=new_tokens)
+    return torch.randint(words, (1, length), generator=generator).to(opened.device)
 
 
 def _still(opened: Opened) -> Measured:
@@ -181,7 +185,13 @@ def _take_turns(
 def _peak_of_process(wanted: Wanted, form: str, *, new_tokens: int) -> dict[str, int]:
     task = json.dumps({"wanted": asdict(wanted), "form": form, "new_tokens": new_tokens})
     command = [sys.executable, "-m", "llmprune.runtime.peak", task]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
+        raise UserError(
+            f"the process that takes the {form} model's peak memory ended with status {done.returncode} "
+            f"({said.strip().rstrip('.')}); --no-memory leaves it out."
+        )
     peak: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return peak
 
@@ -220,7 +230,8 @@ def _lines(found: Bench) -> Sequence[str]:
         both = [(row.peak_memory or {})[device] * 1e-6 for row in (found.dense, found.sparse)]
         lines.append(_row(f"{name}, MB", both, ratios[name]))
     told = ", ".join(f"{key} {value}" for key, value in found.about.items() if value is not None)
-    return [*lines, _told_text(found), f"{found.packed_linears} packed linears; medians of {found.rounds}; {told}."]
+    form = form_of(found.packed_linears, found.unpacked_weights)
+    return [*lines, _told_text(found), f"{form}; medians of {found.rounds}; {told}."]
 
 
 def _row(name: str, both: list[float], ratio: float) -> str:

@@ -71,7 +71,12 @@ def kernel_file() -> Path:
 
 def cache_folder() -> Path:
     """Where llmprune keeps what it can make again: `llmprune` in the user's cache folder (XDG_CACHE_HOME)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmprune"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "llmprune"
+    try:
+        return Path.home() / ".cache" / "llmprune"
+    except RuntimeError:  # no HOME, and a user number without an account, as in some containers
+        return _spare_folder()
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ def _spare_folder() -> Path:
 def _is_safe(folder: Path) -> bool:
     """What is loaded runs as this user, so in a place that all can write to the folder must be this user's alone."""
     about = folder.stat()
-    return folder == cache_folder() or (about.st_uid == os.getuid() and not about.st_mode & 0o022)
+    return folder != _spare_folder() or (about.st_uid == os.getuid() and not about.st_mode & 0o022)
 
 
 def _can_write(folder: Path) -> bool:

@@ -11,9 +11,10 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from llmprune.errors import UserError
-from llmprune.runtime.opening import Opened, Wanted, open_model, token_ids
+from llmprune.model import max_seq_len
+from llmprune.runtime.opening import Opened, Wanted, form_of, open_model, token_ids
 
-__all__ = ["Clock", "Speed", "command", "generate", "model_options"]
+__all__ = ["Clock", "Speed", "command", "generate", "model_options", "prompt_tokens"]
 
 
 class Speed:
@@ -89,7 +90,17 @@ def generate(
 
     temperature : 0 takes the likeliest token each time
     to_the_end : exactly so many tokens, even where the model would end its text
+
+    Raises
+    ------
+    UserError
+        if prompt and new tokens are more than the model takes: some models then stop with an error about an index.
     """
+    limit, length = max_seq_len(opened.model), ids.shape[1]
+    if limit is not None and length + new_tokens > limit:
+        raise UserError(
+            f"the model takes {limit} tokens; got a prompt of {length} and --max-new-tokens {new_tokens}: shorten one."
+        )
     settings: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None}
     settings["temperature"] = temperature if temperature > 0 else None
     if to_the_end:
@@ -100,6 +111,12 @@ def generate(
         opened.model.generate(
             ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=new_tokens, **settings
         )
+
+
+def prompt_tokens(opened: Opened, wanted: int, *, new_tokens: int) -> int:
+    """How long a prompt may be, `wanted` at most, that leaves the model room for the new tokens."""
+    limit = max_seq_len(opened.model)
+    return wanted if limit is None else max(1, min(wanted, limit - new_tokens))
 
 
 def model_options(function: Any) -> Any:
@@ -123,7 +140,7 @@ def model_options(function: Any) -> Any:
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; above, tokens are drawn.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses what is drawn.")
 def command(*, prompt: str, max_new_tokens: int, temperature: float, seed: int, **wanted: Any) -> None:
-    if temperature < 0:
+    if not temperature >= 0:  # nan is neither
         raise UserError(f"--temperature is 0 (greedy) or more; got {temperature}.")
     opened = open_model(Wanted(**wanted))
     ids = token_ids(opened, prompt)
@@ -136,7 +153,5 @@ def command(*, prompt: str, max_new_tokens: int, temperature: float, seed: int, 
 def _told(opened: Opened, speed: Speed, prompt: int) -> str:
     rate = speed.tokens_per_second
     ending = "" if rate is None else f", then {rate:.1f} tokens/s"
-    linears = f"{opened.packed} packed linears" if opened.packed else "a dense model"
-    return (
-        f"{len(speed.times)} tokens, the first after {speed.first:.2f} s ({prompt} in the prompt){ending}; {linears}."
-    )
+    told = f"{len(speed.times)} tokens, the first after {speed.first:.2f} s ({prompt} in the prompt){ending}"
+    return f"{told}; {form_of(opened.packed, opened.unpacked)}."

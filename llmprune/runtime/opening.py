@@ -14,8 +14,9 @@ from llmprune.errors import LlmpruneError, UserError
 from llmprune.machine import device_named
 from llmprune.model import DTYPES, quiet_transformers
 from llmprune.runtime.placement import sparse_linears
+from llmprune.runtime.transformers_plugin import UNPACKED
 
-__all__ = ["Opened", "Wanted", "open_model", "token_ids"]
+__all__ = ["Opened", "Wanted", "form_of", "nothing_packed", "open_model", "token_ids"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Opened:
 
     tokenizer : None if the checkpoint has none
     packed : how many of its linears are packed
+    unpacked : how many weights are packed in the checkpoint and dense in memory, as fused experts are
     """
 
     model: Any
     tokenizer: Any
     device: torch.device
     packed: int
+    unpacked: int
 
 
 def open_model(wanted: Wanted) -> Opened:
@@ -64,7 +67,7 @@ def open_model(wanted: Wanted) -> Opened:
         model = AutoModelForCausalLM.from_pretrained(
             wanted.name, dtype=wanted.dtype, device_map={"": device}, **options
         ).eval()
-    return Opened(model, _tokenizer(wanted.name, options), device, len(sparse_linears(model)))
+    return Opened(model, _tokenizer(wanted.name, options), device, len(sparse_linears(model)), getattr(model, UNPACKED, 0))
 
 
 def _tokenizer(name: str, options: dict[str, Any]) -> Any:
@@ -73,6 +76,24 @@ def _tokenizer(name: str, options: dict[str, Any]) -> Any:
             return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError):
         return None
+
+
+def form_of(packed: int, unpacked: int) -> str:
+    """`Opened.packed` and `Opened.unpacked` in words."""
+    told = f"{packed} packed linears" if packed else "a dense model"
+    return f"{told} ({unpacked} packed weights became dense while loading)" if unpacked else told
+
+
+def nothing_packed(opened: Opened, name: str) -> UserError:
+    """The error for a model without a linear that is or could be packed."""
+    if opened.unpacked:
+        return UserError(
+            f"{name} has no packed linear: its {opened.unpacked} packed weights are parts of fused parameters, such as "
+            "experts, which run dense. Generate from it as from a dense model."
+        )
+    return UserError(
+        f"{name} has no packed linear, and none that is smaller packed: prune it first (llmprune --model …)."
+    )
 
 
 def token_ids(opened: Opened, prompt: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llmprune.machine import peak_memory
-from llmprune.runtime.generate import Clock, generate
+from llmprune.runtime.generate import Clock, generate, prompt_tokens
 from llmprune.runtime.opening import Wanted, open_model
 from llmprune.runtime.sparsify import densify
 
@@ -28,7 +28,8 @@ def peak(wanted: dict[str, Any], form: str, new_tokens: int) -> dict[str, int]:
     opened = open_model(Wanted(**wanted))
     if form == "dense":
         densify(opened.model)
-    ids = torch.ones(1, PROMPT_TOKENS, dtype=torch.int64, device=opened.device)
+    length = prompt_tokens(opened, PROMPT_TOKENS, new_tokens=new_tokens)
+    ids = torch.ones(1, length, dtype=torch.int64, device=opened.device)
     generate(opened, ids, Clock(), new_tokens=new_tokens, to_the_end=True)
     return peak_memory(opened.device)
 

@@ -103,7 +103,12 @@ class SparseLinear(nn.Module):
         """Forget what was derived from the tensors, and take a handle of its own."""
         self._handle = next(_handles)
         _modules[self._handle] = self
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of the tensors and of all that was derived from them."""
         self._source: Tensor | None = None
+        self._weight: SparseWeight | None = None
         self._paths: list[Callable[[Tensor], Tensor] | None] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,16 +129,22 @@ class SparseLinear(nn.Module):
             if a gradient is wanted.
         """
         if torch.compiler.is_compiling():
+            x = self._fitting(x)  # here, because autocast does not reach into an operator
             product: Tensor = torch.ops.llmprune.sparse_linear(x, self.weight, self.weight_index, self._handle)
             return product
-        return self.multiply(x)
+        y = self.multiply(x)
+        if "_hf_hook" in self.__dict__ and _is_offloaded(self._hf_hook):
+            self._forget()
+        return y
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product itself: what a decode step calls for every linear, so it looks up and does nothing else."""
-        weight = self._parameters["weight"]
+        weight = self._parameters.get("weight")
+        if weight is None:  # in a replica of DataParallel it is a plain attribute
+            weight = self.weight
         if weight is not self._source:
             self._prepare()
-        if x.dtype is not self._dtype or x.shape[-1] != self.in_features or x.requires_grad:
+        if x.dtype is not self._dtype or x.shape[-1] != self.in_features or x.requires_grad or weight.requires_grad:
             x = self._fitting(x)
         tokens = x.numel() // self.in_features if self.in_features else x.shape[:-1].numel()
         path = self._paths[(tokens - 1).bit_length()]
@@ -150,18 +161,20 @@ class SparseLinear(nn.Module):
 
     def _fitting(self, x: Tensor) -> Tensor:
         """x as the paths want it, or an error."""
-        if x.requires_grad and torch.is_grad_enabled():
+        if (x.requires_grad or self.weight.requires_grad) and torch.is_grad_enabled():
+            what = "an input that requires one" if x.requires_grad else "requires_grad=True"
             raise UserError(
-                "a packed weight computes no gradients; got an input that requires one. Run the model under "
+                f"a packed weight computes no gradients; got {what}. Run the model under "
                 "torch.inference_mode(), or train the dense model (model.dequantize(), or llmprune unpack)."
             )
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"x must be (..., {self.in_features}); got {tuple(x.shape)}")
-        if x.dtype is self._dtype:
+        dtype = self.weight.dtype
+        if x.dtype is dtype:
             return x
         if torch.is_autocast_enabled(x.device.type):
-            return x.to(self._dtype)
-        raise RuntimeError(f"x must be of the weight's dtype {self._dtype}; got {x.dtype}")
+            return x.to(dtype)
+        raise RuntimeError(f"x must be of the weight's dtype {dtype}; got {x.dtype}")
 
     def _first(self, x: Tensor, tokens: int) -> Tensor:
         """The first product with so many tokens: decide on a path, and keep it for the next ones."""
@@ -169,6 +182,7 @@ class SparseLinear(nn.Module):
             return x.new_empty(*x.shape[:-1], self.out_features)
         if x.device != self.weight.device:
             raise RuntimeError(f"x must be on the weight's device {self.weight.device}; got {x.device}")
+        assert self._weight is not None
         path = path_for(self._weight, tokens)
         self._paths[(tokens - 1).bit_length()] = path
         return path(x)
@@ -189,6 +203,11 @@ class SparseLinear(nn.Module):
         kept = self.weight.numel() / max(1, self.in_features * self.out_features)
         shown = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shown}, pattern={self.pattern}, kept={kept:.0%}"
+
+
+def _is_offloaded(hook: Any) -> bool:
+    """Whether accelerate brings a module's tensors for each forward only and takes them away after it."""
+    return any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ())))
 
 
 @torch.library.custom_op("llmprune::sparse_linear", mutates_args=())

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from llmprune.errors import UserError
 from llmprune.runtime.cpu_build import cache_folder
 from llmprune.runtime.weight import SparseWeight
 
@@ -76,14 +77,25 @@ def store(device: torch.device, timings: Timings) -> Path:
     """Add to what is known of this device, and take it into use; modules that have run keep the paths they chose.
 
     The file appears whole or not at all, so that two processes can tune at once.
+
+    Raises
+    ------
+    UserError
+        if it cannot be written.
     """
     known = dict(_read(device).microseconds) | timings.microseconds
     held = {"about": about(device), "may_hold": timings.may_hold, "microseconds": known}
     file = timings_file(device)
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = file.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(held, indent=1), encoding="utf-8")
-    beside.replace(file)
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        beside.write_text(json.dumps(held, indent=1), encoding="utf-8")
+        beside.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"what was measured cannot be kept in {file} ({error.strerror}): let XDG_CACHE_HOME name a folder that you "
+            "may write to."
+        ) from error
     forget()
     return file
 
@@ -98,9 +110,16 @@ def _read(device: torch.device) -> Timings:
     """The file's content; nothing where there is none, or none that can be read (it can be made again)."""
     try:
         held = json.loads(timings_file(device).read_text(encoding="utf-8"))
-        return Timings({name: dict(times) for name, times in held["microseconds"].items()}, bool(held["may_hold"]))
+        return Timings({name: _times(rows) for name, rows in held["microseconds"].items()}, bool(held["may_hold"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Timings()
+
+
+def _times(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Times by tokens and path as they were read, if they are that: a product asks them without looking twice."""
+    return {
+        str(max(1, int(tokens))): {path: float(time) for path, time in times.items()} for tokens, times in rows.items()
+    }
 
 
 def _processor() -> str:

@@ -18,6 +18,7 @@ Nothing of transformers is imported by importing llmprune: `register` runs when 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmprune.errors import UserError
+from llmprune.sparsity.pack import ANY
 
-__all__ = ["METHOD", "LlmpruneConfig", "LlmpruneQuantizer", "register"]
+__all__ = ["METHOD", "UNPACKED", "LlmpruneConfig", "LlmpruneQuantizer", "register"]
 
 METHOD = "llmprune"
 """The `quant_method` in config.json."""
@@ -43,7 +45,10 @@ METHOD = "llmprune"
 FORMAT = 1
 """The newest layout that this version reads."""
 
-logger = logging.get_logger(__name__)
+UNPACKED = "llmprune_unpacked"
+"""Attribute of a loaded model: how many packed weights became dense while it was loaded."""
+
+logger = logging.get_logger("transformers.llmprune")  # below transformers' own, so that its verbosity counts
 
 
 class LlmpruneConfig(QuantizationConfigMixin):
@@ -65,17 +70,29 @@ class LlmpruneConfig(QuantizationConfigMixin):
             raise UserError(f"this llmprune reads packed checkpoints of format {FORMAT}; got {told}: upgrade llmprune.")
         self.quant_method: Any = METHOD  # transformers' own methods are an enumeration, others their name
         self.format, self.weights = format, weights or {}
+        if not isinstance(self.weights, dict):
+            raise UserError(f"quantization_config.weights is a table; got {weights!r}: config.json is damaged.")
         for key, entry in self.weights.items():
-            _check_entry(key, entry)
+            if not _is_entry(entry):
+                raise UserError(
+                    "each of quantization_config.weights has pattern, shape, input_axis and kept, which fit together; "
+                    f"got {entry!r} for {key}: config.json is damaged."
+                )
 
 
-def _check_entry(key: str, entry: Any) -> None:
-    named = isinstance(entry, dict) and {"pattern", "shape", "input_axis", "kept"} <= set(entry)
-    if not named or not -len(entry["shape"]) <= entry["input_axis"] < len(entry["shape"]):
-        raise UserError(
-            "each of quantization_config.weights has pattern, shape, input_axis and kept; "
-            f"got {entry!r} for {key}: config.json is damaged."
-        )
+def _is_entry(entry: Any) -> bool:
+    """Whether a SparseLinear can be made from it."""
+    if not isinstance(entry, dict) or not {"pattern", "shape", "input_axis", "kept"} <= set(entry):
+        return False
+    pattern, shape, axis, kept = (entry[name] for name in ("pattern", "shape", "input_axis", "kept"))
+    if not isinstance(shape, list | tuple) or not all(isinstance(number, int) for number in (*shape, axis, kept)):
+        return False
+    if not -len(shape) <= axis < len(shape) or min(*shape, kept) < 0:
+        return False
+    if pattern == ANY:
+        return True
+    found = re.fullmatch(r"(\d+):(\d+)", str(pattern))
+    return found is not None and kept * int(found[2]) == math.prod(shape) * int(found[1])
 
 
 class LlmpruneQuantizer(HfQuantizer):
@@ -138,6 +155,7 @@ class LlmpruneQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             model._weight_conversions = self._placement.originals(conversions)
+        setattr(model, UNPACKED, len(self._placement.dense))
         if sparse_linears(model):
             model.requires_grad_(False)
         else:  # all became dense, so this is a dense model
@@ -196,10 +214,11 @@ def _check_files(config: LlmpruneConfig, files: list[str]) -> None:
         values, index = shapes.get(key), shapes.get(f"{key}_index")
         inputs = entry["shape"][entry["input_axis"]]
         rows = math.prod(entry["shape"]) // inputs if inputs else 0
-        if values is None or math.prod(values) != entry["kept"] or index != [rows, -(-inputs // 8)]:
+        kept = [entry["kept"]] if entry["pattern"] == ANY else [rows, entry["kept"] // max(1, rows)]
+        if values != kept or index != [rows, -(-inputs // 8)]:
             raise UserError(
-                f"{folder} is damaged: {key} should be {entry['kept']} values with an index of shape "
-                f"{(rows, -(-inputs // 8))}; got {values} and {index}."
+                f"{folder} is damaged: {key} should be values of shape {kept} with an index of shape "
+                f"{[rows, -(-inputs // 8)]}; got {values} and {index}."
             )
 
 

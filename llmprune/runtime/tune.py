@@ -18,12 +18,11 @@ import click
 import torch
 from torch import Tensor
 
-from llmprune.errors import UserError
 from llmprune.machine import device_named
 from llmprune.runtime import timing
 from llmprune.runtime.dispatch import choose
 from llmprune.runtime.generate import model_options
-from llmprune.runtime.opening import Wanted, open_model
+from llmprune.runtime.opening import Wanted, nothing_packed, open_model
 from llmprune.runtime.paths import paths
 from llmprune.runtime.placement import sparse_linears
 from llmprune.runtime.sparsify import sparsify
@@ -64,7 +63,7 @@ def tune(wanted: Wanted, *, may_hold: bool = False, seconds: float = ENOUGH_SECO
     """
     opened = open_model(wanted)
     if not opened.packed and not sparsify(opened.model):
-        raise UserError(f"{wanted.name} has no packed linear, and none that is smaller packed: prune it first.")
+        raise nothing_packed(opened, wanted.name)
     weights = [
         SparseWeight(module.weight.data, module.weight_index, module.bias, module.pattern, module.in_features)
         for module in sparse_linears(opened.model).values()

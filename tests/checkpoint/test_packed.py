@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -284,6 +286,18 @@ def test_a_fault_in_packing_is_found_and_nothing_is_written(
         llmprune.prune(
             tiny_model("llama"), dataset=IDS, method="magnitude", output_dir=tmp_path / "out", format="packed"
         )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_under_the_name_that_was_given(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stream._ShardWriter, "add", full)
+    with pytest.raises(UserError, match=f"written to {re.escape(str(tmp_path / 'packed'))}: the disk is full"):
+        pack_checkpoint(dense, tmp_path / "packed")
     assert not list(tmp_path.iterdir())
 
 

@@ -112,3 +112,9 @@ def test_candidates_fit_are_different_and_few(M: int, N: int, K: int) -> None:
     assert 2 <= len(found) <= 80
     assert len(set(found)) == len(found)
     assert all(config.refusal(shape) is None for config in found)
+
+
+@pytest.mark.parametrize(("N", "K"), [(50, 400), (256, 256), (512, 256)])
+def test_a_small_product_has_its_default_to_time(N: int, K: int) -> None:
+    shape = Shape24(1, N, K, BF16, H100)
+    assert candidates_24(shape)[0] == default_24(shape)
