@@ -67,7 +67,9 @@ def open_model(wanted: Wanted) -> Opened:
         model = AutoModelForCausalLM.from_pretrained(
             wanted.name, dtype=wanted.dtype, device_map={"": device}, **options
         ).eval()
-    return Opened(model, _tokenizer(wanted.name, options), device, len(sparse_linears(model)), getattr(model, UNPACKED, 0))
+    return Opened(
+        model, _tokenizer(wanted.name, options), device, len(sparse_linears(model)), getattr(model, UNPACKED, 0)
+    )
 
 
 def _tokenizer(name: str, options: dict[str, Any]) -> Any:
