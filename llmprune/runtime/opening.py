@@ -14,7 +14,7 @@ from llmprune.errors import LlmpruneError, UserError
 from llmprune.machine import device_named
 from llmprune.model import DTYPES, quiet_transformers
 from llmprune.runtime.placement import sparse_linears
-from llmprune.runtime.transformers_plugin import UNPACKED
+from llmprune.runtime.weight import UNPACKED
 
 __all__ = ["Opened", "Wanted", "form_of", "nothing_packed", "open_model", "token_ids"]
 

@@ -35,18 +35,16 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmprune.errors import UserError
+from llmprune.runtime.weight import UNPACKED
 from llmprune.sparsity.pack import ANY
 
-__all__ = ["METHOD", "UNPACKED", "LlmpruneConfig", "LlmpruneQuantizer", "register"]
+__all__ = ["METHOD", "LlmpruneConfig", "LlmpruneQuantizer", "register"]
 
 METHOD = "llmprune"
 """The `quant_method` in config.json."""
 
 FORMAT = 1
 """The newest layout that this version reads."""
-
-UNPACKED = "llmprune_unpacked"
-"""Attribute of a loaded model: how many packed weights became dense while it was loaded."""
 
 logger = logging.get_logger("transformers.llmprune")  # below transformers' own, so that its verbosity counts
 

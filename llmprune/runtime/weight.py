@@ -11,7 +11,10 @@ from torch import Tensor
 
 from llmprune.sparsity.pack import ANY, Packed, row_starts, unpack
 
-__all__ = ["Path", "SparseWeight"]
+__all__ = ["UNPACKED", "Path", "SparseWeight"]
+
+UNPACKED = "llmprune_unpacked"
+"""Attribute of a loaded model: how many packed weights became dense while it was loaded."""
 
 T = TypeVar("T")
 
