@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -361,3 +362,15 @@ KNOWN = (
 def test_either_may_be_imported_first(first: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", f"{first}\n{KNOWN}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_configuration_is_read_back_from_a_pickle_in_a_fresh_process(
+    pair_of: Callable[..., Pair], tmp_path: Path
+) -> None:
+    """As a process gets it that another one has started: the plugin is then what imports transformers."""
+    config = load(pair_of("llama").packed).config.quantization_config
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    program = "import pickle; read = pickle.load(open('config.pickle', 'rb')); print(len(read.weights))\n" + KNOWN
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "14\n"

@@ -124,7 +124,7 @@ def test_bench_says_when_memory_cannot_be_taken(pair: Pair, monkeypatch: pytest.
     from llmprune.runtime import bench as module
 
     monkeypatch.setattr(module.sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match="status 1 .*--no-memory"):
+    with pytest.raises(UserError, match=r"status 1 .*--no-memory"):
         bench(Wanted(str(pair.packed), device="cpu"), "abc", new_tokens=2, rounds=1)
 
 

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmprune.errors import LlmpruneError, UserError
 from llmprune.machine import device_named
 from llmprune.model import DTYPES, quiet_transformers
-from llmprune.runtime.placement import sparse_linears
-from llmprune.runtime.transformers_plugin import UNPACKED
+from llmprune.runtime.placement import UNPACKED, sparse_linears
 
 __all__ = ["Opened", "Wanted", "form_of", "nothing_packed", "open_model", "token_ids"]
 
@@ -67,7 +66,9 @@ def open_model(wanted: Wanted) -> Opened:
         model = AutoModelForCausalLM.from_pretrained(
             wanted.name, dtype=wanted.dtype, device_map={"": device}, **options
         ).eval()
-    return Opened(model, _tokenizer(wanted.name, options), device, len(sparse_linears(model)), getattr(model, UNPACKED, 0))
+    return Opened(
+        model, _tokenizer(wanted.name, options), device, len(sparse_linears(model)), getattr(model, UNPACKED, 0)
+    )
 
 
 def _tokenizer(name: str, options: dict[str, Any]) -> Any:

@@ -24,10 +24,13 @@ from llmprune.errors import UserError
 from llmprune.runtime.sparse_linear import SparseLinear
 from llmprune.sparsity.pack import ANY, row_starts
 
-__all__ = ["INDEX", "Placement", "check_loaded", "entries", "input_axis_of", "place", "sparse_linears"]
+__all__ = ["INDEX", "UNPACKED", "Placement", "check_loaded", "entries", "input_axis_of", "place", "sparse_linears"]
 
 INDEX = "_index"
 """What an index adds to its weight's key."""
+
+UNPACKED = "llmprune_unpacked"
+"""Attribute of a loaded model: how many packed weights became dense while it was loaded."""
 
 LIKE_LINEAR = {"FalconLinear"}
 """Classes that multiply as nn.Linear does, in a `forward` of their own."""

@@ -12,7 +12,7 @@ The skeleton of the model gets a `SparseLinear` for each of them before anything
 index go straight from the file to their place, in shards, to any device. What no SparseLinear can stand for, experts
 that are fused in one parameter before all, becomes dense weight by weight while it is loaded.
 
-Nothing of transformers is imported by importing llmprune: `register` runs when transformers has been imported.
+Nothing of transformers is imported by importing llmprune: `registration.py` imports this when transformers is there.
 """
 
 from __future__ import annotations
@@ -22,14 +22,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmprune.runtime.registration import METHOD, register  # before transformers, whose import asks for it here
+
+# isort: split
 import torch
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -37,16 +34,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmprune.errors import UserError
 from llmprune.sparsity.pack import ANY
 
-__all__ = ["METHOD", "UNPACKED", "LlmpruneConfig", "LlmpruneQuantizer", "register"]
-
-METHOD = "llmprune"
-"""The `quant_method` in config.json."""
+__all__ = ["METHOD", "LlmpruneConfig", "LlmpruneQuantizer", "register"]
 
 FORMAT = 1
 """The newest layout that this version reads."""
-
-UNPACKED = "llmprune_unpacked"
-"""Attribute of a loaded model: how many packed weights became dense while it was loaded."""
 
 logger = logging.get_logger("transformers.llmprune")  # below transformers' own, so that its verbosity counts
 
@@ -148,7 +139,7 @@ class LlmpruneQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """What was read must fit together; then the model is as if transformers had loaded a dense one."""
-        from llmprune.runtime.placement import check_loaded, sparse_linears
+        from llmprune.runtime.placement import UNPACKED, check_loaded, sparse_linears
 
         check_loaded(model)
         _cast(model, self._dtypes)
@@ -183,14 +174,6 @@ class LlmpruneQuantizer(HfQuantizer):
             model.to(dtype)
         dense: nn.Module = model.requires_grad_(True)
         return dense
-
-
-def register() -> None:
-    """Make `quant_method: "llmprune"` known to transformers; a second time, the newer classes take the place."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-    AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-    register_quantization_config(METHOD)(LlmpruneConfig)
-    register_quantizer(METHOD)(LlmpruneQuantizer)
 
 
 def _notice(names: list[str]) -> str:
@@ -233,3 +216,6 @@ def _cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         if wanted is None or parameter.dtype == wanted or parameter.is_meta or any(part in name for part in kept):
             continue
         parameter.data = parameter.data.to(wanted)
+
+
+register()
