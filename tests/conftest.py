@@ -6,6 +6,7 @@ Hub start one on the loopback and give its address to a subprocess.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
     for item in items:
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def transformers_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """`caplog`, which also sees what transformers says: its logger passes nothing on unless it runs in a CI."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return caplog
 
 
 @pytest.fixture(scope="session")

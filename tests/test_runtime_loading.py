@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -133,27 +133,20 @@ def test_no_dense_copy_of_a_weight_is_made(pair_of: Callable[..., Pair], monkeyp
     assert held < 0.85 * sum(tensor.nbytes for tensor in load(pair.dense).parameters())
 
 
-def test_fused_experts_are_told_of_once(pair_of: Callable[..., Pair], caplog: pytest.LogCaptureFixture) -> None:
-    pair = pair_of("mixtral")
-    logging.getLogger("transformers").addHandler(caplog.handler)
-    try:
-        load(pair.packed)
-    finally:
-        logging.getLogger("transformers").removeHandler(caplog.handler)
-    (told,) = [record.getMessage() for record in caplog.records if "unpacked while" in record.getMessage()]
+def test_fused_experts_are_told_of_once(
+    pair_of: Callable[..., Pair], transformers_log: pytest.LogCaptureFixture
+) -> None:
+    load(pair_of("mixtral").packed)
+    (told,) = [message for message in transformers_log.messages if "unpacked while" in message]
     assert "experts.0.w1.weight and 23 more" in told
 
 
 def test_who_silences_transformers_is_not_told_of_fused_experts(
-    pair_of: Callable[..., Pair], caplog: pytest.LogCaptureFixture
+    pair_of: Callable[..., Pair], transformers_log: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("transformers").addHandler(caplog.handler)
-    try:
-        with quiet_transformers():
-            load(pair_of("mixtral").packed)
-    finally:
-        logging.getLogger("transformers").removeHandler(caplog.handler)
-    assert not [record for record in caplog.records if "unpacked while" in record.getMessage()]
+    with quiet_transformers():
+        load(pair_of("mixtral").packed)
+    assert not [message for message in transformers_log.messages if "unpacked while" in message]
 
 
 def test_some_experts_stored_dense_among_packed_ones(pair_of: Callable[..., Pair], tmp_path: Path) -> None:
@@ -361,3 +354,15 @@ KNOWN = (
 def test_either_may_be_imported_first(first: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", f"{first}\n{KNOWN}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_configuration_is_read_back_from_a_pickle_in_a_fresh_process(
+    pair_of: Callable[..., Pair], tmp_path: Path
+) -> None:
+    """As a process gets it that another one has started: the plugin is then what imports transformers."""
+    config = load(pair_of("llama").packed).config.quantization_config
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    program = "import pickle; read = pickle.load(open('config.pickle', 'rb')); print(len(read.weights))\n" + KNOWN
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "14\n"

@@ -3,6 +3,7 @@
     packed files ─► transformers_plugin ─► SparseLinear ─► dispatch ─► a path: CPU kernel, GPU kernel, or dense
 
 import_hook.py          acts when transformers is imported, so that importing llmprune need not import it
+registration.py         has transformers know the plugin
 transformers_plugin.py  `quant_method: "llmprune"` for from_pretrained and save_pretrained
 placement.py            where each packed tensor of a checkpoint goes in a model
 unpack_on_load.py       what no sparse product can use (fused experts) becomes dense while it is loaded

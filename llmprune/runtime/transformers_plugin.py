@@ -12,7 +12,7 @@ The skeleton of the model gets a `SparseLinear` for each of them before anything
 index go straight from the file to their place, in shards, to any device. What no SparseLinear can stand for, experts
 that are fused in one parameter before all, becomes dense weight by weight while it is loaded.
 
-Nothing of transformers is imported by importing llmprune: `register` runs when transformers has been imported.
+Nothing of transformers is imported by importing llmprune: `registration.py` imports this when transformers is there.
 """
 
 from __future__ import annotations
@@ -22,14 +22,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmprune.runtime.registration import METHOD, register  # before transformers, whose import asks for it here
+
+# isort: split
 import torch
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -39,9 +36,6 @@ from llmprune.runtime.weight import UNPACKED
 from llmprune.sparsity.pack import ANY
 
 __all__ = ["METHOD", "LlmpruneConfig", "LlmpruneQuantizer", "register"]
-
-METHOD = "llmprune"
-"""The `quant_method` in config.json."""
 
 FORMAT = 1
 """The newest layout that this version reads."""
@@ -183,14 +177,6 @@ class LlmpruneQuantizer(HfQuantizer):
         return dense
 
 
-def register() -> None:
-    """Make `quant_method: "llmprune"` known to transformers; a second time, the newer classes take the place."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-    AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-    register_quantization_config(METHOD)(LlmpruneConfig)
-    register_quantizer(METHOD)(LlmpruneQuantizer)
-
-
 def _notice(names: list[str]) -> str:
     shown = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
     return (
@@ -231,3 +217,6 @@ def _cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         if wanted is None or parameter.dtype == wanted or parameter.is_meta or any(part in name for part in kept):
             continue
         parameter.data = parameter.data.to(wanted)
+
+
+register()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -153,18 +152,13 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
         evaluate_on(Corpus([letters(9)], "t"))
 
 
-def test_long_texts_raise_no_warning_of_the_tokenizers(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        tiny_tokenizer()(letters(100))
-        assert "longer than the specified maximum" in caplog.text  # the warning is real ...
-        caplog.clear()
-        evaluate_on(Corpus([letters(100)], "t"))  # ... and not ours
-        calibrate(Corpus([letters(100)], "t"))
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert not caplog.text
+def test_long_texts_raise_no_warning_of_the_tokenizers(transformers_log: pytest.LogCaptureFixture) -> None:
+    tiny_tokenizer()(letters(100))
+    assert "longer than the specified maximum" in transformers_log.text  # the warning is real ...
+    transformers_log.clear()
+    evaluate_on(Corpus([letters(100)], "t"))  # ... and not ours
+    calibrate(Corpus([letters(100)], "t"))
+    assert not transformers_log.text
 
 
 def test_token_ids_are_taken_as_they_are() -> None:
