@@ -27,6 +27,7 @@ Examples:
   llmprune --model gpt2 --sparsity 2:4
   llmprune --model ./my-model --sparsity 0.5 --method wanda
   llmprune --model ./m.gguf --sparsity 4:8
+  llmprune plan --model gpt2 --sparsity 2:4
   llmprune eval --model ./gpt2-alps-2of4 --dataset wikitext2
   llmprune verify ./gpt2-alps-2of4
   llmprune pack ./gpt2-alps-2of4 ./gpt2-packed
@@ -34,6 +35,7 @@ Examples:
 """
 
 VERBS = {
+    "plan": "What a run would do, take and bring, from configuration and headers alone.",
     "eval": "Perplexity of a model, with its standard error and protocol.",
     "verify": "Prove that a pruned checkpoint is what its report says.",
     "pack": "Store a pruned checkpoint without its zeros: half the size, the same bits.",
@@ -44,12 +46,14 @@ VERBS = {
 }
 
 HOMES = {
+    "plan": "llmprune.plan.verb",
     "eval": "llmprune.eval.perplexity",
     "generate": "llmprune.runtime.generate",
     "bench": "llmprune.runtime.bench",
     "tune": "llmprune.runtime.tune",
 }
-"""Verbs whose `command` lives elsewhere, because it brings torch and transformers with it."""
+"""Verbs whose `command` lives elsewhere, because it brings torch and transformers with it; `plan` makes its own from
+the options of a run."""
 
 
 class Root(click.Group):
@@ -62,8 +66,9 @@ class Root(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The verb of that name, loaded now if it lives elsewhere."""
         if cmd_name in HOMES:
-            command: click.Command = import_module(HOMES[cmd_name]).command
-            return command
+            command: Any = import_module(HOMES[cmd_name]).command
+            found: click.Command = command if isinstance(command, click.Command) else command(self.params)
+            return found
         return super().get_command(ctx, cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -145,6 +150,7 @@ def _read_config(ctx: click.Context, _option: click.Parameter, path: Path | None
 model_option, pattern_option = _grouped("What to prune"), _grouped("How")
 text_option, eval_option = _grouped("Calibration text"), _grouped("Evaluation")
 output_option, other_option = _grouped("Result"), _grouped("Other")
+scale_option = _grouped("Large models and long runs")
 
 
 @click.group(
@@ -231,6 +237,16 @@ output_option, other_option = _grouped("Result"), _grouped("Other")
     help="Push the result to the Hub, as ID or under the output's name.",
 )
 @output_option("--hub-private-repo", is_flag=True, help="Make the Hub repository private.")
+@scale_option(
+    "--low-memory/--no-low-memory",
+    default=None,
+    help="Leave the weights on disk, and hold one decoder layer at a time.  [default: if they do not fit in memory]",
+)
+@scale_option(
+    "--activations-dir", type=click.Path(path_type=Path, file_okay=False), help="Hidden states in files there."
+)
+@scale_option("--resume", default="auto", help="auto: go on where the same run was cut off; never: start anew.")
+@scale_option("--safe-points", type=float, default=60.0, help="Seconds between two safe points, at least.")
 @other_option(
     "--config",
     "config_file",
@@ -342,7 +358,7 @@ def _prune(options: dict[str, Any]) -> None:
 
 def _run(options: dict[str, Any], *, no_eval: bool, observer: Any) -> Any:
     from llmprune.config import EvaluationConfig, PruneConfig
-    from llmprune.job import Job, run
+    from llmprune.job import Job, run, stoppable
 
     def take(kind: Any) -> dict[str, Any]:
         return {name: options.pop(name) for name in kind.__dataclass_fields__ if name in options}
@@ -356,7 +372,8 @@ def _run(options: dict[str, Any], *, no_eval: bool, observer: Any) -> Any:
         default_output=options["output_dir"] is None,
         **options,
     )
-    return run(job, observer)
+    with stoppable(observer.say) as stop:
+        return run(job, observer, stop=stop)
 
 
 def main() -> None:
@@ -371,9 +388,10 @@ def main() -> None:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as error:
-        saved = next(iter((error.__cause__ or error).args), "")  # click wraps the interrupt, job.py says what it left
-        what = f"The pruned model was saved before, in {saved}." if saved else "Nothing was written."
+        interrupt = error.__cause__ or error  # click wraps it; job/ says what it left
+        saved, safe = next(iter(interrupt.args), ""), getattr(interrupt, "safe", "")
+        what = f"The pruned model was saved before, in {saved}." if saved else safe or "Nothing was written."
         click.echo(f"Interrupted. {what}", err=True)
-        sys.exit(130)
+        sys.exit(getattr(interrupt, "code", 130))
     except click.exceptions.Exit as leave:
         sys.exit(leave.exit_code)

@@ -25,6 +25,7 @@ __all__ = [
     "device_named",
     "free_bytes",
     "give_back_memory",
+    "held_bytes",
     "keep_memory_together",
     "peak_memory",
     "placed",
@@ -82,6 +83,17 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak[str(device)] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def held_bytes() -> int:
+    """Memory that this process holds and no file stands behind, in bytes; all of it where that cannot be told apart."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        sizes = dict(re.findall(r"(Rss\w+):\s+(\d+) kB", status.read_text(encoding="utf-8")))
+        return 1024 * (int(sizes.get("RssAnon", 0)) + int(sizes.get("RssShmem", 0)))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _peak_of_process() -> int:

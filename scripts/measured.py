@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["Measured"]
+__all__ = ["Measured", "held_memory"]
 
 INTERVAL = 0.05
 """Seconds between two looks at the anonymous memory."""
@@ -61,7 +61,16 @@ class Measured:
             self._peak_anonymous = max(self._peak_anonymous, _status()["RssAnon"])
 
 
-def _status() -> dict[str, int]:
-    """The sizes in /proc/self/status, in bytes."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+def held_memory(pid: int) -> int:
+    """Anonymous plus shared memory of a process, in bytes: what no file on disk stands behind; 0 when it has ended."""
+    try:
+        sizes = _status(str(pid))
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0)
+
+
+def _status(pid: str = "self") -> dict[str, int]:
+    """The sizes in /proc/PID/status, in bytes."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[2:] == ["kB"]}

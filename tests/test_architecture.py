@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # The rows that follow stand on everything before them, and nothing before them knows what a person sees.
 MAY_IMPORT["job"] = set(MAY_IMPORT)
+MAY_IMPORT["plan"] = set(MAY_IMPORT)
 MAY_IMPORT["display"] = {"checkpoint", "errors", "job", "results"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 

@@ -31,6 +31,7 @@ SIZES = {
     "llmprune --model gpt2 --sparsity 2:4": SMALL,
     "llmprune --model ./my-model --sparsity 0.5 --method wanda": SMALL,
     "llmprune --model ./m.gguf --sparsity 4:8": [*TINY, "--effort", "fast"],
+    "llmprune plan --model gpt2 --sparsity 2:4": ["--num-samples", "4", "--seq-len", "32"],
     "llmprune eval --model ./pruned --dataset wikitext2": ["--tokens", "256", "--seq-len", "32"],
     "llmprune verify ./pruned": [],
     "llmprune pack ./pruned ./packed": [],

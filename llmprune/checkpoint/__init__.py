@@ -11,6 +11,8 @@ probe.py        one question to the model before it is saved, which the reloaded
 verify.py       the files against that report, at any time and without the source
 packed.py       a tensor without its zeros: what it is on disk, there and back
 convert.py      whole checkpoints packed and unpacked
+shards.py       files of weights whose tensors come one by one, and a hollow model as such files
+partial.py      what a run has finished so far
 stream.py       a checkpoint rewritten with one tensor in memory at a time
 rescue.py       the bitmask checkpoints of compressed-tensors ≤ 0.14, which nothing else reads any more
 hub.py          may I push, and the push

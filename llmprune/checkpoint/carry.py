@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from llmprune.checkpoint.report import TensorRecord, record
 
-__all__ = ["INDEX", "WEIGHTS", "Carried", "carry_over"]
+__all__ = ["INDEX", "WEIGHTS", "Carried", "carry_over", "is_computed", "not_loaded"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -70,8 +70,8 @@ def carry_over(model: PreTrainedModel, directory: Path, *, source: Path | None) 
         return Carried(
             files, notes=(f"the source {kind}, so tensors that the model does not load, if any, stayed there",)
         )
-    extras = {name: shards[name] for name in _not_loaded(model, list(shards))}
-    tensors = {name: tensor for name, tensor in _read(extras) if not _is_computed(name, tensor)}
+    extras = {name: shards[name] for name in not_loaded(model, list(shards))}
+    tensors = {name: tensor for name, tensor in _read(extras) if not is_computed(name, tensor.ndim)}
     if tensors:
         _add_shard(directory, tensors)
     return Carried(files, {name: record(tensor, carried=True) for name, tensor in tensors.items()})
@@ -94,7 +94,7 @@ def _shards(directory: Path) -> dict[str, Path]:
     return {name: directory / shard for name, shard in index.items() if (directory / shard).is_file()}
 
 
-def _not_loaded(model: PreTrainedModel, names: list[str]) -> list[str]:
+def not_loaded(model: PreTrainedModel, names: list[str]) -> list[str]:
     """Names in the source that lead to no tensor of the model, by the renaming that `from_pretrained` does."""
     known = dict.fromkeys([*model.state_dict(), *(name for name, _ in model.named_buffers())], True)
     transforms = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model)
@@ -115,9 +115,10 @@ def _read(places: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _is_computed(name: str, tensor: Tensor) -> bool:
+def is_computed(name: str, axes: int) -> bool:
+    """Whether a tensor of so many axes is a constant that transformers computes, by its name."""
     # A learned bias has one axis; `attn.bias` with four is GPT-2's causal mask.
-    return _COMPUTED.search(name) is not None and (tensor.ndim != 1 or not name.endswith(".bias"))
+    return _COMPUTED.search(name) is not None and (axes != 1 or not name.endswith(".bias"))
 
 
 def _add_shard(directory: Path, tensors: dict[str, Tensor]) -> None:

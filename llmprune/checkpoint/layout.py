@@ -23,9 +23,20 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from llmprune.errors import UnsupportedModel
+from llmprune.model import shelf_of
 from llmprune.results import PrunedWeight
 
-__all__ = ["SavedWeight", "digest", "fingerprint", "saved_names", "saved_tensors", "saved_ties", "saved_weights"]
+__all__ = [
+    "SavedWeight",
+    "converted_parameters",
+    "digest",
+    "fingerprint",
+    "hollow_tensors",
+    "saved_names",
+    "saved_tensors",
+    "saved_ties",
+    "saved_weights",
+]
 
 Box = tuple[tuple[int, int], ...]
 """A block of a tensor: (start, stop) along every axis."""
@@ -65,6 +76,18 @@ def saved_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for names in _groups(model, state):
         loaded = {name: _loaded(model, name, state[name]) for name in names}
         yield from revert_weight_conversion(model, loaded).items()
+
+
+def hollow_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of what `saved_tensors` gives, without data ("meta"); the model may have none either."""
+    state, _ = _state(model)
+    return dict(revert_weight_conversion(model, _hollow(state)))
+
+
+def converted_parameters(model: PreTrainedModel) -> set[str]:
+    """Parameters that are saved in another form than the model holds, such as a stack of experts in its parts."""
+    state, _ = _state(model)
+    return state.keys() - set(_unchanged(model, state).values())
 
 
 def saved_ties(model: PreTrainedModel) -> dict[str, str]:
@@ -146,7 +169,10 @@ def _identity(model: PreTrainedModel, name: str, tensor: Tensor) -> tuple[object
 
 
 def _loaded(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
-    return load_offloaded_parameter(model, name) if tensor.device.type == "meta" else tensor
+    if tensor.device.type != "meta":
+        return tensor
+    shelf = shelf_of(model)
+    return shelf.read(name) if shelf is not None else load_offloaded_parameter(model, name)
 
 
 def _groups(model: PreTrainedModel, state: Mapping[str, Tensor]) -> list[list[str]]:

@@ -35,6 +35,7 @@ __all__ = [
     "cleaned",
     "command_line",
     "describe_tensors",
+    "pruned_weight",
     "record",
     "tool_versions",
     "totals",
@@ -109,7 +110,7 @@ class Report:
     def from_json(cls, document: Mapping[str, Any]) -> Report:
         """Read a document back. Raises KeyError or TypeError where it is not one of ours."""
         fields: dict[str, Any] = dict(document)
-        fields["pruned"] = tuple(_pruned(row) for row in document["pruned"])
+        fields["pruned"] = tuple(pruned_weight(row) for row in document["pruned"])
         fields["skipped"] = tuple(SkippedWeight(**{**row, "shape": tuple(row["shape"])}) for row in document["skipped"])
         fields["tuned"] = tuple(TunedPart(**row) for row in document.get("tuned", ()))
         fields["tensors"] = {name: _tensor(row) for name, row in document["tensors"].items()}
@@ -255,7 +256,8 @@ def cleaned(value: Any) -> Any:
     return value
 
 
-def _pruned(row: Mapping[str, Any]) -> PrunedWeight:
+def pruned_weight(row: Mapping[str, Any]) -> PrunedWeight:
+    """A row of the report, read back from plain data."""
     return PrunedWeight(**{**row, "shape": tuple(row["shape"]), "notes": tuple(row["notes"])})
 
 

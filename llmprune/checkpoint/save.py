@@ -13,10 +13,12 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.checkpoint.carry import Carried, carry_over
+from llmprune.checkpoint.carry import WEIGHTS, Carried, carry_over
 from llmprune.checkpoint.report import cleaned
+from llmprune.checkpoint.shards import write_shards
 from llmprune.checkpoint.target import write_errors
 from llmprune.errors import UserError
+from llmprune.model import shelf_of
 
 __all__ = ["check_generation_config", "write"]
 
@@ -85,7 +87,12 @@ def write(
     _check_dense(model)
     model.config.llmprune_config = cleaned(dict(provenance))
     with write_errors(directory):
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        if shelf_of(model) is None:
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
+        else:
+            model.save_pretrained(directory, state_dict={})  # all but the weights
+            (directory / WEIGHTS).unlink(missing_ok=True)
+            write_shards(model, directory, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         return carry_over(model, directory, source=source)

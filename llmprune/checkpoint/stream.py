@@ -24,7 +24,17 @@ from torch import Tensor
 from llmprune.checkpoint.carry import INDEX, WEIGHTS
 from llmprune.errors import UserError
 
-__all__ = ["DTYPES", "Source", "Turn", "copy_others", "element_size", "read_json", "rewrite", "write_json"]
+__all__ = [
+    "DTYPES",
+    "Source",
+    "Turn",
+    "copy_others",
+    "element_size",
+    "header_room",
+    "read_json",
+    "rewrite",
+    "write_json",
+]
 
 Turn = Callable[[str], Iterable[tuple[str, Tensor]] | None]
 """What stands in place of the source's tensor of this name: others, under their names, or None for itself."""
@@ -152,8 +162,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _room(source: Source, names: Iterable[str]) -> int:
     """Bytes that are enough for the names' header: a packed weight is two tensors of no more sides."""
-    sides = ((name, len(source.kind(name)[1])) for name in names)
-    return sum(2 * (len(json.dumps(name)) + _ROOM_PER_TENSOR + _ROOM_PER_SIDE * count) for name, count in sides)
+    return sum(header_room(name, len(source.kind(name)[1])) for name in names)
+
+
+def header_room(name: str, sides: int) -> int:
+    """Bytes that a header of ours has for a tensor with so many sides, and for its index if it is packed."""
+    return 2 * (len(json.dumps(name)) + _ROOM_PER_TENSOR + _ROOM_PER_SIDE * sides)
 
 
 def _write(writer: _ShardWriter, source: Source, name: str, turn: Turn) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from llmprune.errors import UserError
 
-__all__ = ["check_output", "publish", "write_errors"]
+__all__ = ["check_output", "flush_directory", "publish", "write_errors"]
 
 _MARGIN = 1.05  # on top of the weights: tokenizer, report, and what file systems keep for themselves
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -133,7 +133,7 @@ def _put_in_place(staging: Path, target: Path, *, overwrite: bool) -> None:
         if moved:
             old.rename(target)
         raise
-    _flush_directory(target.parent)
+    flush_directory(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -160,10 +160,11 @@ def _flush(directory: Path) -> None:
         if path.is_file():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-    _flush_directory(directory)
+    flush_directory(directory)
 
 
-def _flush_directory(directory: Path) -> None:
+def flush_directory(directory: Path) -> None:
+    """Have the system write down which files a directory holds: a rename counts only then."""
     if os.name == "nt":  # Windows cannot open a directory, and does not need to
         return
     handle = os.open(directory, os.O_RDONLY)

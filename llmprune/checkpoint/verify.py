@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmprune.checkpoint.carry import INDEX, WEIGHTS
 from llmprune.checkpoint.layout import SavedWeight, digest
@@ -26,6 +26,8 @@ from llmprune.checkpoint.packed import Entry, dense_tensor, index_name, packed_e
 from llmprune.checkpoint.probe import Probe, logits_of
 from llmprune.checkpoint.report import Report
 from llmprune.errors import UserError, VerificationError
+from llmprune.model import shelf_of
+from llmprune.model.load import from_files
 from llmprune.results import PrunedWeight
 from llmprune.sparsity.pattern import NM, parse_pattern
 
@@ -81,12 +83,18 @@ class Verification:
 
 
 def verify(
-    directory: Path, *, reload: bool = True, probe: Probe | None = None, trust_remote_code: bool = False
+    directory: Path,
+    *,
+    reload: bool = True,
+    probe: Probe | None = None,
+    trust_remote_code: bool = False,
+    rest_on_disk: Path | None = None,
 ) -> Verification:
     """Check the checkpoint in `directory` against the report in it.
 
-    With `reload`, transformers loads it too (a second model in memory); with `probe`, the loaded model must answer bit
-    for bit like the one that was saved. Files beyond the weights are not looked at.
+    With `reload`, transformers loads it too (a second model in memory, or, with a directory for weights that are
+    converted, one that rests on disk); with `probe`, the loaded model must answer bit for bit like the one that was
+    saved. Files beyond the weights are not looked at.
 
     Raises
     ------
@@ -111,7 +119,8 @@ def verify(
             config,
         ]
     if reload:
-        checks += _check_reload(directory, report, probe, trust_remote_code=trust_remote_code)
+        options = {"trust_remote_code": trust_remote_code, "rest_on_disk": rest_on_disk}
+        checks += _check_reload(directory, report, probe, options)
     return Verification(directory, tuple(checks))
 
 
@@ -257,11 +266,10 @@ def _check_config(directory: Path) -> tuple[Check, dict[str, Entry]]:
     return Check(what, 1, tuple(failures)), entries or {}
 
 
-def _check_reload(directory: Path, report: Report, probe: Probe | None, *, trust_remote_code: bool) -> Iterator[Check]:
+def _check_reload(directory: Path, report: Report, probe: Probe | None, options: Mapping[str, Any]) -> Iterator[Check]:
     arguments = probe.loading if probe is not None else {"dtype": "auto"}
-    load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     try:
-        model, info = load(directory, output_loading_info=True, trust_remote_code=trust_remote_code, **arguments)
+        model, info = from_files(directory, **options, **arguments)
     except Exception as error:  # whatever a reader would meet is what we want to know
         yield Check("transformers loads it", 1, (f"{type(error).__name__}: {error}",))
         return
@@ -276,19 +284,20 @@ def _check_reload(directory: Path, report: Report, probe: Probe | None, *, trust
     yield Check("transformers loads it", len(report.tensors), tuple(failures))
     yield _check_ties(model, report)
     if probe is not None:
-        yield _check_logits(model if "device_map" in arguments else model.to(probe.device), probe)
+        stays = "device_map" in arguments or shelf_of(model) is not None
+        yield _check_logits(model if stays else model.to(probe.device), probe)
 
 
 def _check_ties(model: PreTrainedModel, report: Report) -> Check:
     """Tied tensors share their memory again after loading."""
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
     pairs = {dropped: kept for dropped, kept in report.ties.items() if dropped in state and kept in state}
     broken = [f"{name} is no longer tied to {kept}" for name, kept in pairs.items() if not _same(state, name, kept)]
     return Check("ties", len(pairs), tuple(broken))
 
 
 def _same(state: Mapping[str, Tensor], one: str, other: str) -> bool:
-    return state[one].data_ptr() == state[other].data_ptr()
+    return state[one] is state[other] or 0 != state[one].data_ptr() == state[other].data_ptr()
 
 
 def _check_logits(model: PreTrainedModel, probe: Probe) -> Check:

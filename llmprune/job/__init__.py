@@ -15,8 +15,9 @@ from typing import Any
 from llmprune.config import EvaluationConfig, PruneConfig, from_mapping
 from llmprune.job.request import Job, Observer, PruneResult
 from llmprune.job.stages import run
+from llmprune.job.stop import Stop, Stopped, stoppable
 
-__all__ = ["Job", "Observer", "PruneResult", "prune", "run"]
+__all__ = ["Job", "Observer", "PruneResult", "Stop", "Stopped", "prune", "run", "stoppable"]
 
 
 def prune(

@@ -17,12 +17,25 @@ from llmprune.data import Corpus, bos_token, calibration_windows, load_corpus
 from llmprune.errors import UserError
 from llmprune.eval.perplexity import default_seq_len
 from llmprune.job.request import Job
-from llmprune.model import Loaded, load
+from llmprune.machine import free_bytes
+from llmprune.model import Loaded, load, shelf_of, stored_bytes
 
-__all__ = ["Settled", "calibration", "check_early", "evaluation_texts", "load_model", "settle"]
+__all__ = [
+    "Settled",
+    "calibration",
+    "check_early",
+    "evaluation_texts",
+    "load_model",
+    "rests_on_disk",
+    "settle",
+    "target_path",
+]
 
 CPU_EVAL_TOKENS = 16_384
 """Tokens of each data set that an evaluation on a CPU reads by default: minutes, not hours."""
+
+FITS = 0.8
+"""A model is loaded whole if its files are no larger than this share of the free memory."""
 
 CHARACTERS_PER_TOKEN = 64
 """How much text is read for each calibration token, so that the seed has a choice (a token has 3 to 5 characters)."""
@@ -34,6 +47,7 @@ def check_early(job: Job) -> str | None:
         raise UserError(f"format is one of dense, packed; got {job.format!r}.")
     if job.format == "packed" and job.output_dir is None and not job.default_output:
         raise UserError("format 'packed' is about what is saved: give output_dir too.")
+    _check_scale(job)
     if job.output_dir is not None:
         source = Path(job.model) if isinstance(job.model, str) and Path(job.model).is_dir() else None
         check_output(job.output_dir, overwrite=job.overwrite, source=source, need_bytes=0)
@@ -44,11 +58,53 @@ def check_early(job: Job) -> str | None:
     return hub.check_access(job.push_to_hub or None, _default_name(job.config, _base_name(job.model)))
 
 
-def load_model(job: Job) -> Loaded:
-    """The model, loaded or as it was given."""
+def _check_scale(job: Job) -> None:
+    if job.resume not in ("auto", "never"):
+        raise UserError(f"resume is one of auto, never; got {job.resume!r}.")
+    if job.safe_points < 0:
+        raise UserError(f"safe_points are seconds, at least 0; got {job.safe_points:g}.")
+    if job.activations_dir is not None and os.name == "nt":
+        raise UserError("--activations-dir needs files that can be removed while they are mapped; Windows has none.")
+    if not job.low_memory:
+        return
+    given = isinstance(job.model, str | os.PathLike)
+    if not given or (job.output_dir is None and not job.default_output):
+        what = "output_dir is missing" if given else f"{type(job.model).__name__} is in memory already"
+        raise UserError(f"low_memory goes from files to files: give a hub id or directory, and output_dir; {what}.")
+    if job.config.distill:
+        raise UserError(
+            "--low-memory cannot distill, which needs the whole model in memory several times over: add --distill 0 "
+            "(for --effort best too), or leave --low-memory out."
+        )
+
+
+def rests_on_disk(job: Job, say: Callable[[str], None]) -> bool:
+    """Whether the weights stay on disk: if that was asked for, or they do not fit in memory and it can be done."""
+    if job.low_memory is not None:
+        return job.low_memory
+    saves = job.output_dir is not None or job.default_output
+    if not isinstance(job.model, str | os.PathLike) or not saves or job.config.distill:
+        return False
+    name = os.fspath(job.model)
+    if name == "demo" or name.endswith(".gguf"):
+        return False
+    size, free = stored_bytes(name, job.revision), free_bytes(torch.device("cpu"))
+    if size is None or size <= FITS * free:
+        return False
+    say(f"The model's {size / 1e9:.1f} GB do not fit in {free / 1e9:.1f} GB of free memory: --low-memory.")
+    return True
+
+
+def load_model(job: Job, *, rest_on_disk: Path | None = None) -> Loaded:
+    """The model, loaded or as it was given; hollow where a directory for weights that are converted is given."""
     if isinstance(job.model, str | os.PathLike):
-        name = os.fspath(job.model)
-        return load(name, revision=job.revision, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+        return load(
+            os.fspath(job.model),
+            revision=job.revision,
+            dtype=job.dtype,
+            trust_remote_code=job.trust_remote_code,
+            rest_on_disk=rest_on_disk,
+        )
     name = getattr(job.model.config, "_name_or_path", "") or type(job.model).__name__
     source = Path(name) if Path(name).is_dir() else None
     return Loaded(job.model, job.tokenizer, name, Path(name).name, None, source)
@@ -70,7 +126,7 @@ def settle(job: Job, loaded: Loaded, device: torch.device, say: Callable[[str], 
         tokens = max(CPU_EVAL_TOKENS, seq_len)
         say(f"On a CPU, perplexity is measured on the first {tokens:,} tokens of each data set (--eval-tokens).")
     evaluation = replace(job.evaluation, eval_tokens=tokens, eval_seq_len=job.evaluation.eval_seq_len or seq_len)
-    return Settled(config, evaluation, _target(job, config, loaded))
+    return Settled(config, evaluation, _target(job, loaded))
 
 
 @dataclass(frozen=True)
@@ -130,14 +186,21 @@ def evaluation_texts(evaluation: EvaluationConfig, loaded: Loaded) -> list[Corpu
     ]
 
 
-def _target(job: Job, config: PruneConfig, loaded: Loaded) -> Path | None:
-    path = job.output_dir
-    if path is None and job.default_output:
-        path = Path(_default_name(config, loaded.base_name))
+def target_path(job: Job, base: str | None = None) -> Path | None:
+    """Where the checkpoint goes, absolute; `base` is the model's name, by which the output is named by default."""
+    if job.output_dir is None and not job.default_output:
+        return None
+    path = job.output_dir or Path(_default_name(job.config, base or _base_name(job.model)))
+    return Path(path).expanduser().resolve()
+
+
+def _target(job: Job, loaded: Loaded) -> Path | None:
+    path = target_path(job, loaded.base_name)
     if path is None:
         return None
     size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    need = 2 * size if job.format == "packed" else size  # it is proved dense before it is packed
+    # It is proved dense before it is packed; and the layers of a model that rests on disk are written twice.
+    need = size * (1 + (job.format == "packed") + (shelf_of(loaded.model) is not None))
     return check_output(path, overwrite=job.overwrite, source=loaded.directory, need_bytes=need)
 
 
@@ -147,5 +210,6 @@ def _default_name(config: PruneConfig, base: str) -> str:
 
 def _base_name(model: Any) -> str:
     if isinstance(model, str | os.PathLike):
-        return Path(os.fspath(model)).name.removesuffix(".gguf")
+        path = Path(os.fspath(model))
+        return (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
     return Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name

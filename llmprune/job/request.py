@@ -21,6 +21,11 @@ class Job:
     output_dir : where the checkpoint goes; None: it is not saved
     format : "dense", zeros stored as any number, which everything reads; or "packed", without them
     push_to_hub : repository id, "" for the default name in one's own namespace, None: no push
+    low_memory : leave the weights on disk, and bring them into memory one decoder layer at a time; None: if the model
+        does not fit
+    activations_dir : where hidden states go, into mapped files, in place of memory
+    resume : "auto" goes on from the safe points of an earlier run of the same job; "never" removes them
+    safe_points : seconds between two safe points at least, for a model in memory
     """
 
     model: Any
@@ -39,6 +44,10 @@ class Job:
     format: str = "dense"
     push_to_hub: str | None = None
     hub_private_repo: bool = False
+    low_memory: bool | None = None
+    activations_dir: Path | None = None
+    resume: str = "auto"
+    safe_points: float = 60.0
 
 
 class Observer(Watcher):
@@ -58,7 +67,7 @@ class Observer(Watcher):
 class PruneResult:
     """What `prune` returns.
 
-    model : pruned, in memory
+    model : pruned, in memory; None where its weights were left on disk
     report : what was done and measured
     directory, url : where it was saved and pushed
     dense_bytes : of the files with weights before they were packed; None where they were not

@@ -2,57 +2,95 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import llmprune
 from llmprune.checkpoint import hub
 from llmprune.checkpoint.convert import pack_files
 from llmprune.checkpoint.layout import fingerprint, saved_ties
+from llmprune.checkpoint.partial import Partial
 from llmprune.checkpoint.probe import take_probe
 from llmprune.checkpoint.report import REPORT, Report, command_line, describe_tensors, tool_versions, totals
 from llmprune.checkpoint.save import check_generation_config, write
-from llmprune.checkpoint.target import publish
+from llmprune.checkpoint.target import publish, write_errors
 from llmprune.checkpoint.verify import SAME_LOGITS, Verification, verify
 from llmprune.data import Corpus
-from llmprune.errors import HubError
+from llmprune.errors import HubError, LlmpruneError
 from llmprune.eval.perplexity import Perplexity, evaluate
-from llmprune.job.prepare import calibration, check_early, evaluation_texts, load_model, settle
+from llmprune.job.prepare import (
+    calibration,
+    check_early,
+    evaluation_texts,
+    load_model,
+    rests_on_disk,
+    settle,
+    target_path,
+)
 from llmprune.job.request import Job, Observer, PruneResult
+from llmprune.job.safepoints import SafePoints, run_fingerprint
+from llmprune.job.stop import Stop, Stopped
 from llmprune.machine import device_named, peak_memory, placed
 from llmprune.model import Loaded, quiet_transformers
-from llmprune.pipeline import Pruned, prune_layers, survey_model
+from llmprune.pipeline import Pruned, Survey, prune_layers, survey_model
+from llmprune.walk.mapped import mapped
 
 __all__ = ["run"]
 
+AT_ONCE = 8
+"""Windows of an evaluation per forward of a model that rests on disk: every forward reads all its weights."""
 
-def run(job: Job, observer: Observer | None = None) -> PruneResult:
-    """Do the job. See the top of this file for the order, and `Job` for what it takes."""
-    return _Run(job, observer or Observer()).go()
+
+def run(job: Job, observer: Observer | None = None, *, stop: Stop | None = None) -> PruneResult:
+    """Do the job. See the top of this file for the order, and `Job` for what it takes.
+
+    With `stop`, signals that it hears let the layer at hand finish, and are raised then.
+    """
+    return _Run(job, observer or Observer(), stop).go()
 
 
 class _Run:
     """One job under way: what it knows so far, stage by stage."""
 
-    def __init__(self, job: Job, observer: Observer) -> None:
-        self.job, self.observer = job, observer
+    def __init__(self, job: Job, observer: Observer, stop: Stop | None) -> None:
+        self.job, self.observer, self.stop = job, observer, stop
         self.config, self.evaluation = job.config, job.evaluation
         self.origin: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.dense_bytes: int | None = None
+        self.hollow = False
         self.device = device_named(job.device)
+        path = target_path(job)
+        self.partial = Partial(path) if path is not None else None
 
     def go(self) -> PruneResult:
         repo = check_early(self.job)
+        if self.partial is None:
+            return self._go(repo)
+        try:
+            return self._go(repo)
+        except LlmpruneError as error:
+            error.args = (" ".join(filter(None, (str(error), self.partial.told))), *error.args[1:])
+            raise
+        except Stopped as stopped:
+            stopped.safe = self.partial.told
+            raise
+        finally:
+            self.partial.tidy()
+
+    def _go(self, repo: str | None) -> PruneResult:
         with self._stage("load"):
-            loaded = load_model(self.job)
+            loaded = self._load()
             settled = settle(self.job, loaded, self.device, self.observer.say)
             self.config, self.evaluation, target = settled.config, settled.evaluation, settled.target
             self.notes += [*loaded.notes, *check_generation_config(loaded.model)]
@@ -61,20 +99,82 @@ class _Run:
             corpora = evaluation_texts(self.evaluation, loaded)
         with self._stage("survey"):
             survey = survey_model(loaded.model, windows, self.config, device=self.device)
-        before = self._evaluate("evaluate dense", loaded, corpora)
-        with self._stage("prune"):
             digests = fingerprint(loaded.model)
-            pruned = prune_layers(
-                loaded.model, windows, self.config, device=self.device, watcher=self.observer, survey=survey
-            )
+            self._open(digests, windows)
+        before = self._before(loaded, corpora)
+        with self._stage("prune"):
+            pruned = self._prune(loaded, windows, survey)
         report = self._report(loaded, pruned, digests, before)
         if target is not None:
             with self._stage("save and verify"), quiet_transformers():
                 report = self._save(loaded, report, target)
+            assert self.partial is not None
+            self.partial.spend()
         try:
             return self._finish(loaded, report, corpora=corpora, target=target, repo=repo)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(str(target) if target is not None else "") from None
+        except KeyboardInterrupt as interrupt:
+            raise Stopped(getattr(interrupt, "code", 130), saved=str(target or "")) from None
+        finally:
+            if self.partial is not None:
+                self.partial.remove()
+
+    def _load(self) -> Loaded:
+        if self.partial is None or not rests_on_disk(self.job, self.observer.say):
+            return load_model(self.job)
+        self.hollow = True
+        return load_model(self.job, rest_on_disk=self.partial.converted)
+
+    def _open(self, digests: dict[str, str], windows: torch.Tensor) -> None:
+        """Look for an earlier run's safe points, now that it is known what run this is."""
+        if self.partial is None:
+            return
+        parts = run_fingerprint(digests, windows, self.config, self.device, self.job.dtype)
+        self.partial.open(parts, resume=self.job.resume == "auto")
+        if self.partial.layers:
+            self.observer.say(f"Going on from a safe point: {self.partial.told.partition(':')[0]}.")
+            self.notes.append(f"went on from a safe point after layer {self.partial.committed}")
+
+    def _before(self, loaded: Loaded, corpora: Sequence[Corpus]) -> tuple[dict[str, Any], ...]:
+        """What is measured of the dense model, unless an earlier run has measured it."""
+        asked = asdict(self.evaluation)
+        known = self.partial.before if self.partial is not None else None
+        if known is not None and known["asked"] == json.loads(json.dumps(asked)):
+            return tuple(known["found"])
+        found = self._evaluate("evaluate dense", loaded, corpora)
+        if self.partial is not None:
+            self.partial.before = {"asked": asked, "found": list(found)}
+        return found
+
+    def _prune(self, loaded: Loaded, windows: torch.Tensor, survey: Survey) -> Pruned:
+        """Prune, with safe points if there is an output beside which they can lie."""
+        settings: dict[str, Any] = {"device": self.device, "watcher": self.observer, "survey": survey}
+        if self.partial is None:
+            return prune_layers(loaded.model, windows, self.config, keep=self._keep(), **settings)
+        sink = SafePoints(self.partial, survey.decoder, every=self.job.safe_points, stop=self.stop)
+        if self.stop is not None:
+            self.stop.patient = lambda: sink.worthwhile
+        try:
+            return prune_layers(loaded.model, windows, self.config, sink=sink, keep=self._keep(), **settings)
+        except Stopped:
+            if sink.worthwhile and not self.hollow:
+                sink.flush()
+            raise
+        finally:
+            if self.stop is not None:
+                self.stop.patient = lambda: False
+
+    def _keep(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Where hidden states wait for the next layer."""
+        if self.job.activations_dir is None:
+            return torch.Tensor.cpu if self.hollow else None
+        folder = Path(self.job.activations_dir)
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            with write_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                return mapped(tensor, folder)
+
+        return keep
 
     def _finish(
         self, loaded: Loaded, report: Report, *, corpora: list[Corpus], target: Path | None, repo: str | None
@@ -84,7 +184,8 @@ class _Run:
         report = replace(report, after=after, seconds=dict(self.seconds), peak_memory_bytes=peak_memory(self.device))
         if target is not None:
             _replace_report(report, target)
-        result = PruneResult(loaded.model, loaded.tokenizer, report, target, dense_bytes=self.dense_bytes)
+        model = None if self.hollow else loaded.model
+        result = PruneResult(model, loaded.tokenizer, report, target, dense_bytes=self.dense_bytes)
         if target is None or repo is None:
             return result
         try:
@@ -97,7 +198,7 @@ class _Run:
     def _evaluate(self, stage: str, loaded: Loaded, corpora: Sequence[Corpus]) -> tuple[dict[str, Any], ...]:
         if not corpora:
             return ()
-        with self._stage(stage), placed(loaded.model, self.device):
+        with self._stage(stage), nullcontext() if self.hollow else placed(loaded.model, self.device):
             results: list[Perplexity] = [
                 evaluate(
                     loaded.model,
@@ -105,6 +206,7 @@ class _Run:
                     corpus,
                     tokens=self.evaluation.eval_tokens,
                     seq_len=self.evaluation.eval_seq_len,
+                    batch_size=AT_ONCE if self.hollow else None,
                     bos=self.config.bos,  # type: ignore[arg-type]
                     progress=self.observer.evaluated,
                 )
@@ -151,7 +253,8 @@ class _Run:
             report = replace(report, notes=(*report.notes, note))
             report.write(directory)
             return report
-        verify(directory, trust_remote_code=self.job.trust_remote_code).raise_if_failed()
+        # The dense files were loaded by transformers already, and these are read back tensor by tensor.
+        verify(directory, reload=not self.hollow, trust_remote_code=self.job.trust_remote_code).raise_if_failed()
         self.dense_bytes = done.before
         return report
 
@@ -173,7 +276,12 @@ class _Run:
         )
         report = replace(report, tensors={**report.tensors, **carried.tensors}, notes=(*report.notes, *carried.notes))
         report.write(directory)
-        proof = verify(directory, probe=probe, trust_remote_code=self.job.trust_remote_code)
+        proof = verify(
+            directory,
+            probe=probe,
+            trust_remote_code=self.job.trust_remote_code,
+            rest_on_disk=self.partial.converted if self.partial is not None and self.hollow else None,
+        )
         if not isinstance(self.job.model, str | os.PathLike) and _only_logits_differ(proof):
             note = "the reloaded model's logits differ from the given one's, whose buffers must have been cast"
             report = replace(report, notes=(*report.notes, note))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,8 +22,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from llmprune.errors import LlmpruneError, UnsupportedModel, UserError
+from llmprune.model.shelf import shelve
+from llmprune.model.structure import decoder_of
 
-__all__ = ["DTYPES", "Loaded", "load", "quiet_transformers"]
+__all__ = [
+    "DTYPES",
+    "Loaded",
+    "demo_path",
+    "dequantization",
+    "from_files",
+    "is_packed",
+    "load",
+    "quiet_transformers",
+    "snapshot",
+    "told_clearly",
+]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -68,6 +81,7 @@ def load(
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    rest_on_disk: Path | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer.
 
@@ -76,32 +90,38 @@ def load(
     name : hub id (`gpt2`), directory, path of a `.gguf` file, or `demo`
     revision : branch, tag or commit on the Hub
     dtype : "auto" keeps the checkpoint's; "float32", "bfloat16" or "float16" convert
+    rest_on_disk : leave the weights in their files until they are needed (`llmprune.model.shelf`), and put those that
+        are converted for this model into this directory
 
     Raises
     ------
     UserError
-        if there is no such model, it needs trust_remote_code, or its quantization cannot be undone.
+        if there is no such model, it needs trust_remote_code, its quantization cannot be undone, or it is a quantized
+        one that shall rest on disk.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
-    path = _demo_path() if name == "demo" and not Path(name).exists() else Path(name)
+    path = demo_path() if name == "demo" and not Path(name).exists() else Path(name)
     if revision is not None and path.exists():
         raise UserError(f"--revision is for models of the Hub; {name} is on this machine, so leave it out.")
     if path.suffix == ".gguf":
+        _require_plain(name, "a GGUF file", rest_on_disk)
         return _load_gguf(path, name, dtype)
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
         what = "is a file, not a directory or .gguf file" if path.exists() else "does not exist"
         raise UserError(f"--model is a hub id, a directory or a .gguf file; {name} {what}.")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    with _told_clearly(name), quiet_transformers():
+    with told_clearly(name), quiet_transformers():
         config = AutoConfig.from_pretrained(name, revision=revision, **options)
-        directory = path if path.is_dir() else _snapshot(name, revision)
+        directory = path if path.is_dir() else snapshot(name, revision)
         commit = None if path.is_dir() else directory.name
         # A branch may move on while this runs: all the rest comes from the commit that the configuration came from.
         options |= {"revision": commit}
-        extra = _dequantization(config, name)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **options, **extra)
-        packed = _is_packed(config)
+        extra = dequantization(config, name)
+        packed = is_packed(config)
+        if extra or packed:
+            _require_plain(name, "packed" if packed else "quantized", rest_on_disk)
+        model, _ = from_files(name, rest_on_disk=rest_on_disk, config=config, dtype=dtype, **options, **extra)
         if packed:
             model = model.dequantize()
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -110,11 +130,37 @@ def load(
     return Loaded(_ready(model, dequantized=bool(extra) or packed), tokenizer, name, base, commit, directory, notes)
 
 
+def from_files(name: str | Path, *, rest_on_disk: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model in memory, or hollow with its weights on a shelf; and what transformers says of the loading."""
+    read: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    options["output_loading_info"] = True
+    if rest_on_disk is None:
+        model, info = read(name, **options)
+        return model, info
+    log = logging.getLogger("accelerate.big_modeling")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that parameters are on disk, which is what was asked for
+    try:
+        model, info = read(name, device_map={"": "disk"}, offload_folder=rest_on_disk, **options)
+    finally:
+        log.setLevel(level)
+    shelve(model, [prefix.rstrip(".") for prefix in decoder_of(model).prefixes])
+    return model, info
+
+
+def _require_plain(name: str, kind: str, rest_on_disk: Path | None) -> None:
+    if rest_on_disk is not None:
+        raise UserError(
+            f"{name} is {kind}, and must be loaded as a whole to be turned into plain weights, so --low-memory cannot "
+            "be used: give --no-low-memory and enough memory, or a checkpoint with plain weights."
+        )
+
+
 def _load_gguf(path: Path, name: str, dtype: str) -> Loaded:
     if not path.is_file():
         raise UserError(f"--model: the GGUF file {path} does not exist.")
     # transformers draws its bar for dequantizing a GGUF whatever the settings are.
-    with _told_clearly(name), quiet_transformers(), redirect_stderr(io.StringIO()):
+    with told_clearly(name), quiet_transformers(), redirect_stderr(io.StringIO()):
         kind = None if dtype == "auto" else dtype
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=kind)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -133,10 +179,10 @@ def _ready(model: Any, *, dequantized: bool) -> Any:
     return model.eval()
 
 
-def _dequantization(config: Any, name: str) -> dict[str, Any]:
+def dequantization(config: Any, name: str) -> dict[str, Any]:
     """The arguments that make transformers dequantize this checkpoint: none for a plain one."""
     method = _quantization(config)
-    if method is None or _is_packed(config):
+    if method is None or is_packed(config):
         return {}
     if method not in DEQUANTIZED:
         raise UnsupportedModel(
@@ -148,7 +194,7 @@ def _dequantization(config: Any, name: str) -> dict[str, Any]:
     return {"quantization_config": getattr(transformers, DEQUANTIZED[method])(dequantize=True)}
 
 
-def _is_packed(config: Any) -> bool:
+def is_packed(config: Any) -> bool:
     """Whether it is a pruned checkpoint without its zeros, docs/packed.md: its weights are plain ones once unpacked."""
     return _quantization(config) == "llmprune"
 
@@ -161,7 +207,7 @@ def _quantization(config: Any) -> str | None:
     return method.rpartition(".")[2].lower()
 
 
-def _demo_path() -> Path:
+def demo_path() -> Path:
     package, file = DEMO
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -172,7 +218,7 @@ def _demo_path() -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def snapshot(name: str, revision: str | None) -> Path:
     """Where the cache keeps the commit that `revision` led to when the configuration was fetched.
 
     The folder is named after the commit: that is part of the cache's contract. (transformers says which commit it
@@ -197,7 +243,7 @@ def _fetch_side_files(name: str, commit: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def _told_clearly(name: str) -> Iterator[None]:
+def told_clearly(name: str) -> Iterator[None]:
     """Turn what transformers raises about a model that cannot be had into one sentence."""
     try:
         yield

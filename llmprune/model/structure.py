@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from llmprune.errors import UnsupportedModel, UserError
+from llmprune.model.shelf import Shelf, shelf_of
 from llmprune.results import SkippedWeight
 
-__all__ = ["Decoder", "LayerMatrices", "find_decoder", "matrices_of", "max_seq_len", "skipped_outside"]
+__all__ = ["Decoder", "LayerMatrices", "decoder_of", "find_decoder", "matrices_of", "max_seq_len", "skipped_outside"]
 
 TOLERATED = 0.05
 """Share of a layer's matrix parameters that may be out of reach."""
@@ -24,10 +26,30 @@ TOLERATED = 0.05
 
 @dataclass(frozen=True)
 class Decoder:
-    """The decoder layers of a model, and the prefix of each one's parameter names: `model.layers.0.`"""
+    """The decoder layers of a model, the prefix of each one's parameter names (`model.layers.0.`), and the shelf that
+    their weights rest on, if they do."""
 
     layers: list[nn.Module]
     prefixes: list[str]
+    shelf: Shelf | None = None
+
+    @contextmanager
+    def turn(self, index: int) -> Iterator[nn.Module]:
+        """A layer with its weights in memory, for a `with` block."""
+        if self.shelf is None:
+            yield self.layers[index]
+            return
+        with self.shelf.out(self.prefixes[index].rstrip(".")):
+            yield self.layers[index]
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """All that is not in a layer with its weights in memory, for a `with` block: embeddings, norms, the head."""
+        if self.shelf is None:
+            yield
+            return
+        with self.shelf.out(*(unit for unit in self.shelf.units if f"{unit}." not in self.prefixes)):
+            yield
 
 
 @dataclass(frozen=True)
@@ -39,12 +61,25 @@ class LayerMatrices:
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """Find the decoder layers.
+    """Find the decoder layers of a model in memory, or on a shelf.
 
     Raises
     ------
     UnsupportedModel
-        if there is no list of layers, a parameter stands in several layers, or weights are not in memory.
+        if there is no list of layers, a parameter stands in several layers, or weights are somewhere else.
+    """
+    decoder = decoder_of(model)
+    _require_own_parameters(decoder)
+    return decoder
+
+
+def decoder_of(model: nn.Module) -> Decoder:
+    """The decoder layers of a model, whether its weights are in memory or not.
+
+    Raises
+    ------
+    UnsupportedModel
+        if there is no list of layers.
     """
     find_text: Callable[[], object] = getattr(model, "get_decoder", lambda: None)
     text = find_text()
@@ -57,9 +92,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     chosen = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
     names = {id(module): name for name, module in model.named_modules()}
     layers = list(chosen)
-    decoder = Decoder(layers, [f"{names[id(layer)]}." for layer in layers])
-    _require_own_parameters(decoder)
-    return decoder
+    return Decoder(layers, [f"{names[id(layer)]}." for layer in layers], shelf_of(model))
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
@@ -74,12 +107,13 @@ def _require_own_parameters(decoder: Decoder) -> None:
     owners: dict[int, int] = {}
     for index, layer in enumerate(decoder.layers):
         for name, parameter in layer.named_parameters():
-            if parameter.device.type == "meta":
+            hollow = parameter.device.type == "meta"
+            if hollow and decoder.shelf is None:
                 raise UnsupportedModel(
                     f"{decoder.prefixes[index]}{name} is not in memory (device 'meta'). Load the model without "
                     "device_map or offloading; llmprune moves one layer at a time by itself."
                 )
-            first = owners.setdefault(parameter.data_ptr(), index)
+            first = owners.setdefault(id(parameter) if hollow else parameter.data_ptr(), index)
             if first != index:
                 raise UnsupportedModel(
                     f"{decoder.prefixes[index]}{name} is shared with decoder layer {first}. llmprune prunes models "

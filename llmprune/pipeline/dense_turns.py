@@ -73,11 +73,11 @@ def dense_turns(
     model: nn.Module, batches: list[Tensor], survey: Survey, device: torch.device, kind: type[Statistic]
 ) -> Iterator[DenseTurn]:
     """One layer after the other, with statistics of this kind; to be called without gradients."""
-    recording = record_layers(model, survey.decoder, batches, device)
+    recording = record_layers(model, survey.decoder, batches, device, forms=survey.forms)
     hidden = recording.hidden
-    for index, layer in enumerate(survey.decoder.layers):
+    for index in range(len(survey.decoder.layers)):
         call, schedule = caller(recording, index), survey.schedules[index]
-        with resident(layer, device, dtype_on(device, layer)):
+        with survey.decoder.turn(index) as layer, resident(layer, device, dtype_on(device, layer)):
             sums, products = _watched(layer, schedule, kind)
             with products:
                 outputs = [call(layer, states, batch) for batch, states in enumerate(hidden)]

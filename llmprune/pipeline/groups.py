@@ -112,11 +112,14 @@ def _prune_stack(group: Group, recipe: Recipe, pattern: Pattern, place: Place) -
         )
 
 
-def recounted(model: nn.Module, rows: Iterable[PrunedWeight]) -> list[PrunedWeight]:
-    """The rows with the zeros that there are now: tuning may make a kept weight zero, or no longer zero."""
+def recounted(module: nn.Module, rows: Iterable[PrunedWeight], prefix: str = "") -> list[PrunedWeight]:
+    """The rows with the zeros that there are now: tuning may make a kept weight zero, or no longer zero.
+
+    `module` is the model, or a part of it whose parameters' names begin with `prefix` there.
+    """
     counted = []
     for row in rows:
-        weight = model.get_parameter(row.parameter).data
+        weight = module.get_parameter(row.parameter.removeprefix(prefix)).data
         counted.append(replace(row, zeros=int((weight if row.expert is None else weight[row.expert]).eq(0).sum())))
     return counted
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -17,14 +17,15 @@ from llmprune.pipeline.groups import Place, prune_group, recounted
 from llmprune.pipeline.masks import StoredMasks
 from llmprune.pipeline.permute import PROOF_TOKENS, Permuter
 from llmprune.pipeline.plan import Plan, make_plan
+from llmprune.pipeline.sink import FinishedLayer, Sink
 from llmprune.pipeline.survey import Survey, survey_model
 from llmprune.pipeline.tuner import Tuner
 from llmprune.pipeline.walkable import caller, dtype_on, record_layers, walkable
 from llmprune.results import PrunedWeight, SkippedWeight, TunedPart
 from llmprune.sparsity.pattern import NM
 from llmprune.walk.dense_path import DensePath
-from llmprune.walk.lockstep import LayerWalk
-from llmprune.walk.recorder import record
+from llmprune.walk.lockstep import LayerWalk, require_finite
+from llmprune.walk.recorder import Recording, record
 from llmprune.walk.resident import resident
 from llmprune.walk.survey import Schedule
 
@@ -43,6 +44,12 @@ class Pruned:
     skipped: list[SkippedWeight] = field(default_factory=list)
     adjusted: set[str] = field(default_factory=set)
     tuned: list[TunedPart] = field(default_factory=list)
+
+    def add(self, layer: FinishedLayer) -> None:
+        """Take in what was done to one layer."""
+        self.weights += layer.weights
+        self.tuned += layer.tuned
+        self.adjusted |= layer.adjusted
 
 
 class Watcher:
@@ -69,14 +76,18 @@ def prune_layers(
     device: torch.device,
     watcher: Watcher | None = None,
     survey: Survey | None = None,
+    sink: Sink | None = None,
+    keep: Callable[[Tensor], Tensor] | None = None,
 ) -> Pruned:
-    """Prune the decoder layers of `model` in place.
+    """Prune the decoder layers of `model` in place, or, if they rest on a shelf, one by one into `sink`.
 
     Parameters
     ----------
     windows : calibration tokens (num_samples, seq_len) int64
     device : where layers are computed, one at a time; the model itself may stay on the CPU
     survey : what `survey_model` found, if it was asked before; else it is asked now
+    sink : where finished layers go; it may know some from an earlier run, which are run but not pruned again
+    keep : puts hidden states where they wait for the next layer, such as `walk.mapped`; else they stay where they are
 
     Raises
     ------
@@ -101,16 +112,21 @@ def prune_layers(
     result = Pruned(skipped=survey.skipped)
     if config.recipe.statistic is None and not config.tune and not config.distill:
         windows = windows[: config.batch_size]  # nothing is learned from the data: one batch shows the errors
-    watcher.start(len(survey.decoder.layers))
+    sink, count = sink or Sink(), len(survey.decoder.layers)
+    watcher.start(count)
+    if not config.distill and all(sink.earlier(index) is not None for index in range(count)):
+        _restore_all(sink, survey, result)
+        return result
     batches = list(windows.split(config.batch_size))
     with walkable(model):
         wanted = predictions(model, batches) if config.distill else []
-        loop = _Loop(model, batches, config=config, survey=survey, plan=plan, device=device)
+        loop = _Loop(model, batches, config=config, survey=survey, plan=plan, device=device, keep=keep)
         give_back_memory()  # what loading and the survey left
-        for index in range(len(survey.decoder.layers)):
-            result.weights += loop.prune_layer(index, result, watcher)
+        for index in range(count):
+            result.add(loop.prune_layer(index, sink, watcher))
             give_back_memory()
             watcher.layer_done(index)
+        sink.all_finished()
         if config.distill:
             loop.pruned.hidden = []
             result.tuned.append(
@@ -119,6 +135,16 @@ def prune_layers(
             watcher.tuned(result.tuned[-1])
             result.weights = recounted(model, result.weights)
     return result
+
+
+def _restore_all(sink: Sink, survey: Survey, result: Pruned) -> None:
+    """An earlier run had finished every layer, so nothing has to be run."""
+    for index in range(len(survey.decoder.layers)):
+        done = sink.earlier(index)
+        assert done is not None
+        with survey.decoder.turn(index) as layer:
+            sink.restore(index, layer)
+        result.add(done)
 
 
 class _Loop:
@@ -133,58 +159,104 @@ class _Loop:
         survey: Survey,
         plan: Plan,
         device: torch.device,
+        keep: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.model, self.config, self.survey, self.device = model, config, survey, device
+        self.config, self.survey, self.device, self.keep = config, survey, device, keep
         self.plan, self.recipe = plan, config.recipe
         self.masks: dict[str, Tensor] = {}
-        self.pruned = record_layers(model, survey.decoder, batches, device)
+        self.pruned = self._record(model, batches)
         # Recorded twice, because some layers share state through their arguments.
         compared = self.recipe.dense_targets or config.tune
-        self.dense = record_layers(model, survey.decoder, batches, device) if compared else None
+        self.dense = self._record(model, batches) if compared else None
         self.permuter = self._permuter(model, batches)
         every = min(HELD_OUT, max(2, len(batches)))
         held_out = frozenset(range(every - 1, len(batches), every))
         self.held_out = held_out if compared or config.distill else frozenset()
 
-    def prune_layer(self, index: int, result: Pruned, watcher: Watcher) -> list[PrunedWeight]:
-        """Prune one layer and let its outputs take the place of its inputs."""
-        layer, prefix = self.survey.decoder.layers[index], self.survey.decoder.prefixes[index]
-        schedule, rows = self.survey.schedules[index], []
-        with resident(layer, self.device, dtype_on(self.device, layer)) as stored, _naming(prefix):
-            place = Place(index, prefix, schedule, stored, result.adjusted, patterns=self.plan.patterns(index))
-            masks = StoredMasks(layer, schedule)
-            if self.permuter is not None:
-                call = caller(self.pruned, index)
-                moved = self.permuter.permute(layer, index, schedule, self.pruned.hidden, call)
-                scheduled = {key.parameter for station in schedule.stations for key in station.weights}
-                result.adjusted |= {prefix + name for name in moved - scheduled}
-            with self._dense_path(layer, index, schedule) as dense:
-                walk = self._walk(layer, index, dense if self.recipe.dense_targets else None)
-                tuner = self._tuner(walk, dense, index, stored)
-                with closing(iter(walk)) as groups:  # closed at once, not when it is collected, if a solve fails
-                    for group in groups:
-                        for row in prune_group(group, self.recipe, self.config.pattern, place):
-                            rows.append(row)
-                            watcher.pruned(row)
-                        masks.add(place.masks)
-                        for part in tuner.pruned(group, masks) if tuner else ():
-                            result.tuned.append(replace(part, part=prefix + part.part))
-                            watcher.tuned(result.tuned[-1])
-                if dense is not None:
-                    dense.outputs()
-        self.pruned.hidden = walk.outputs
-        if self.config.distill:
-            self.masks |= {prefix + name: mask.cpu() for name, mask in masks.of.items()}
+    def prune_layer(self, index: int, sink: Sink, watcher: Watcher) -> FinishedLayer:
+        """Prune one layer, unless an earlier run did, and let its outputs take the place of its inputs."""
+        prefix = self.survey.decoder.prefixes[index]
+        with self.survey.decoder.turn(index) as layer:
+            earlier = sink.earlier(index)
+            with resident(layer, self.device, dtype_on(self.device, layer)) as stored, _naming(prefix):
+                moved = self._permute(layer, index)
+                with self._dense_path(layer, index) as dense:
+                    if earlier is None:
+                        done = self._walk_through(layer, index, dense, stored=stored, watcher=watcher)
+                        done.adjusted |= moved
+                    else:
+                        done = earlier
+                        sink.restore(index, layer)
+                        self._run_through(layer, index)
+                    if dense is not None:
+                        dense.outputs(self.keep)
+            if earlier is None:
+                sink.finished(index, layer, done)
+        self.masks |= {prefix + name: mask for name, mask in done.masks.items()}
         for recording in filter(None, (self.pruned, self.dense)):
             recording.calls[index] = []
-        return rows if tuner is None else recounted(self.model, rows)
+        return done
+
+    def _walk_through(
+        self,
+        layer: nn.Module,
+        index: int,
+        dense: DensePath | None,
+        *,
+        stored: dict[str, torch.dtype],
+        watcher: Watcher,
+    ) -> FinishedLayer:
+        """Prune the layer group by group as its inputs come by."""
+        prefix, schedule = self.survey.decoder.prefixes[index], self.survey.schedules[index]
+        done, masks = FinishedLayer(), StoredMasks(layer, schedule)
+        place = Place(index, prefix, schedule, stored, done.adjusted, patterns=self.plan.patterns(index))
+        walk = self._walk(layer, index, dense if self.recipe.dense_targets else None)
+        tuner = self._tuner(walk, dense, index, stored)
+        with closing(iter(walk)) as groups:  # closed at once, not when it is collected, if a solve fails
+            for group in groups:
+                for row in prune_group(group, self.recipe, self.config.pattern, place):
+                    done.weights.append(row)
+                    watcher.pruned(row)
+                masks.add(place.masks)
+                for part in tuner.pruned(group, masks) if tuner else ():
+                    done.tuned.append(replace(part, part=prefix + part.part))
+                    watcher.tuned(done.tuned[-1])
+        self.pruned.hidden = walk.outputs
+        if tuner is not None:
+            done.weights = recounted(layer, done.weights, prefix)
+        if self.config.distill:
+            done.masks = {name: mask.cpu() for name, mask in masks.of.items()}
+        return done
+
+    def _run_through(self, layer: nn.Module, index: int) -> None:
+        """Run a layer that is finished already."""
+        call, hidden = caller(self.pruned, index), self.pruned.hidden
+        with torch.no_grad():
+            for batch, states in enumerate(hidden):
+                output = require_finite(call(layer, states, batch))
+                hidden[batch] = self.keep(output) if self.keep is not None else output
+
+    def _permute(self, layer: nn.Module, index: int) -> set[str]:
+        """Change places in the layer, if that is asked for; full names of what changed without being pruned later."""
+        if self.permuter is None:
+            return set()
+        prefix, schedule = self.survey.decoder.prefixes[index], self.survey.schedules[index]
+        moved = self.permuter.permute(layer, index, schedule, self.pruned.hidden, caller(self.pruned, index))
+        scheduled = {key.parameter for station in schedule.stations for key in station.weights}
+        return {prefix + name for name in moved - scheduled}
+
+    def _record(self, model: nn.Module, batches: list[Tensor]) -> Recording:
+        decoder, forms = self.survey.decoder, self.survey.forms
+        return record_layers(model, decoder, batches, self.device, keep=self.keep, forms=forms)
 
     def _permuter(self, model: nn.Module, batches: list[Tensor]) -> Permuter | None:
         if not self.config.permute:
             return None
         assert isinstance(self.config.pattern, NM)
-        ids = batches[0][:1, :PROOF_TOKENS].to(next(model.parameters()).device)
-        return Permuter(record(model, self.survey.decoder.layers, [ids], place=_float64), self.config.pattern)
+        with self.survey.decoder.surroundings():
+            ids = batches[0][:1, :PROOF_TOKENS].to(next(model.parameters()).device)
+            proof = record(model, self.survey.decoder.layers, [ids], place=_float64, forms=self.survey.forms)
+        return Permuter(proof, self.config.pattern)
 
     def _walk(self, layer: nn.Module, index: int, dense: DensePath | None) -> LayerWalk:
         schedule = self.survey.schedules[index]
@@ -198,6 +270,7 @@ class _Loop:
             dense=dense,
             held_out=self.held_out,
             tidy=give_back_memory,
+            keep=self.keep,
         )
 
     def _tuner(
@@ -208,10 +281,11 @@ class _Loop:
         return Tuner(walk, dense, caller(self.pruned, index), stored=stored, passes=self.config.tune)
 
     @contextmanager
-    def _dense_path(self, layer: nn.Module, index: int, schedule: Schedule) -> Iterator[DensePath | None]:
+    def _dense_path(self, layer: nn.Module, index: int) -> Iterator[DensePath | None]:
         if self.dense is None:
             yield None
             return
+        schedule = self.survey.schedules[index]
         calls, capacity = caller(self.dense, index), self._capacity(schedule)
         with closing(DensePath(layer, self.dense.hidden, calls, schedule, capacity=capacity)) as dense:
             yield dense

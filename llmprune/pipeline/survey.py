@@ -6,6 +6,7 @@ untouched.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from llmprune.config import PruneConfig
 from llmprune.errors import UserError
 from llmprune.model.structure import (
     Decoder,
+    LayerMatrices,
     check_ignore,
     find_decoder,
     matrices_of,
@@ -28,16 +30,20 @@ from llmprune.walk.recorder import check_replay
 from llmprune.walk.resident import resident
 from llmprune.walk.survey import Schedule, survey_layer
 
-__all__ = ["Survey", "survey_model"]
+__all__ = ["Survey", "require_some", "settled", "survey_model"]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What can be pruned in a model: its decoder layers, a schedule for each, and the matrices that stay dense."""
+    """What can be pruned in a model: its decoder layers, a schedule for each, and the matrices that stay dense.
+
+    forms : whether each layer returns a tuple
+    """
 
     decoder: Decoder
     schedules: list[Schedule]
     skipped: list[SkippedWeight]
+    forms: list[bool] | None = None
 
 
 def survey_model(model: nn.Module, windows: Tensor, config: PruneConfig, *, device: torch.device) -> Survey:
@@ -53,32 +59,58 @@ def survey_model(model: nn.Module, windows: Tensor, config: PruneConfig, *, devi
     check_ignore(model, config.ignore)
     with walkable(model):
         decoder = find_decoder(model)
-        check_replay(model, decoder.layers, windows[:1])
-        schedules, skipped = _survey_layers(model, decoder, windows[:1], config, device)
-    return Survey(decoder, schedules, skipped + skipped_outside(model, decoder))
+        with decoder.surroundings():
+            forms = check_replay(model, decoder.layers, windows[:1])
+        schedules, skipped = _survey_layers(model, decoder, windows[:1], config, device=device, forms=forms)
+    return Survey(decoder, schedules, skipped + skipped_outside(model, decoder), forms)
 
 
 def _survey_layers(
-    model: nn.Module, decoder: Decoder, ids: Tensor, config: PruneConfig, device: torch.device
+    model: nn.Module,
+    decoder: Decoder,
+    ids: Tensor,
+    config: PruneConfig,
+    *,
+    device: torch.device,
+    forms: list[bool],
 ) -> tuple[list[Schedule], list[SkippedWeight]]:
-    recording = record_layers(model, decoder, [ids], device)
+    recording = record_layers(model, decoder, [ids], device, forms=forms)
     schedules: list[Schedule] = []
     skipped: list[SkippedWeight] = []
     hidden = recording.hidden[0]
-    for index, layer in enumerate(decoder.layers):
-        prefix, call = decoder.prefixes[index], recording.calls[index][0]
-        matrices = matrices_of(layer, prefix, config.ignore)
-        with resident(layer, device, dtype_on(device, layer)):
+    for index, prefix in enumerate(decoder.prefixes):
+        call = recording.calls[index][0]
+        with decoder.turn(index) as layer, resident(layer, device, dtype_on(device, layer)):
+            matrices = matrices_of(layer, prefix, config.ignore)
             schedule, output = survey_layer(layer, lambda m, c=call, h=hidden: c(m, h), matrices.names)  # type: ignore[misc]
         hidden = output
-        require_reach(prefix, layer, matrices.names, schedule.out_of_reach)
-        missed = [_missed(layer, prefix, name) for name in schedule.out_of_reach]
-        schedule, indivisible = _divisible(layer, prefix, schedule, config)
+        schedule, dense = settled(layer, prefix, schedule, matrices, config)
         schedules.append(schedule)
-        skipped += [*matrices.skipped, *missed, *indivisible]
+        skipped += dense
+    require_some(schedules)
+    return schedules, skipped
+
+
+def settled(
+    layer: nn.Module, prefix: str, schedule: Schedule, matrices: LayerMatrices, config: PruneConfig
+) -> tuple[Schedule, list[SkippedWeight]]:
+    """What is pruned of a layer that was surveyed, and which of its matrices stay dense and why.
+
+    Raises
+    ------
+    UnsupportedModel, UserError
+        if too much of the layer is out of reach, or a weight does not divide into groups of m.
+    """
+    require_reach(prefix, layer, matrices.names, schedule.out_of_reach)
+    missed = [_missed(layer, prefix, name) for name in schedule.out_of_reach]
+    schedule, indivisible = _divisible(layer, prefix, schedule, config)
+    return schedule, [*matrices.skipped, *missed, *indivisible]
+
+
+def require_some(schedules: Sequence[Schedule]) -> None:
+    """Raise UserError if there is nothing to prune in any layer."""
     if not any(schedule.stations for schedule in schedules):
         raise UserError("there is no weight left to prune: everything is ignored or skipped. Nothing was changed.")
-    return schedules, skipped
 
 
 def _missed(layer: nn.Module, prefix: str, name: str) -> SkippedWeight:

@@ -40,19 +40,36 @@ def dtype_on(device: torch.device, layer: nn.Module) -> torch.dtype:
     return compute_dtype(device, max(set(floats), key=floats.count))
 
 
-def record_layers(model: nn.Module, decoder: Decoder, batches: Sequence[Tensor], device: torch.device) -> Recording:
-    """What every layer is called with on each batch of token ids, placed where layers are computed."""
+def record_layers(
+    model: nn.Module,
+    decoder: Decoder,
+    batches: Sequence[Tensor],
+    device: torch.device,
+    *,
+    keep: Callable[[Tensor], Tensor] | None = None,
+    forms: Sequence[bool] | None = None,
+) -> Recording:
+    """What every layer is called with on each batch of token ids, placed where layers are computed.
+
+    `keep` and `forms` are as in `record`.
+    """
     dtype = dtype_on(device, decoder.layers[0])
-    home = next(model.parameters()).device
 
     def place(tensor: Tensor) -> Tensor:
         half = tensor.dtype in (torch.float16, torch.bfloat16)
         return tensor.to(device, dtype if half else tensor.dtype)
 
-    return record(model, decoder.layers, [ids.to(home) for ids in batches], place=place)
+    with decoder.surroundings():
+        home = next(model.parameters()).device
+        ids = [batch.to(home) for batch in batches]
+        return record(model, decoder.layers, ids, place=place, keep=keep, forms=forms)
 
 
 def caller(recording: Recording, index: int) -> Callable[[nn.Module, Tensor, int], Tensor]:
     """Runs a layer on hidden states, as it was called with batch so-and-so: (layer, hidden, batch number)."""
     calls = recording.calls[index]
-    return lambda layer, hidden, batch: calls[batch](layer, hidden)
+
+    def call(layer: nn.Module, hidden: Tensor, batch: int) -> Tensor:
+        return calls[batch](layer, hidden.to(next(layer.parameters()).device))  # they may wait in the host's memory
+
+    return call

@@ -26,7 +26,18 @@ from torch import Tensor
 from llmprune.errors import UserError
 from llmprune.sparsity.pattern import NM, parse_pattern
 
-__all__ = ["ANY", "Packed", "as_rows", "check", "find_pattern", "from_rows", "pack", "row_starts", "unpack"]
+__all__ = [
+    "ANY",
+    "Packed",
+    "as_rows",
+    "check",
+    "find_pattern",
+    "from_rows",
+    "pack",
+    "packed_bytes",
+    "row_starts",
+    "unpack",
+]
 
 ANY = "any"
 """The pattern of a weight whose zeros stand anywhere."""
@@ -89,6 +100,11 @@ def pack(rows: Tensor, pattern: str = ANY) -> Packed:
     if nm is not None:
         values = values.view(rows.shape[0], in_features // nm.m * nm.n)
     return Packed(values, index, pattern, in_features)
+
+
+def packed_bytes(rows: int, in_features: int, *, kept: int, element_size: int) -> int:
+    """Bytes of values and index of a weight (rows, in_features) of which so many entries are kept."""
+    return kept * element_size + rows * -(-in_features // 8)
 
 
 def unpack(packed: Packed, out: Tensor | None = None) -> Tensor:

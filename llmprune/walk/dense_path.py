@@ -94,12 +94,13 @@ class DensePath:
             self._end(run)
         return met
 
-    def outputs(self) -> list[Tensor]:
-        """What the dense layer gives, per batch; takes the place of the inputs, which are let go."""
+    def outputs(self, keep: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """What the dense layer gives, per batch, put away by `keep`; takes the place of the inputs."""
         for batch in range(len(self.hidden)):
             run = self._live.pop(batch, None) or self._start(batch)
             run.until = TO_THE_END
-            self.hidden[batch] = self._switch(run)
+            output = self._switch(run)
+            self.hidden[batch] = keep(output) if keep is not None else output
         return self.hidden
 
     def original_of(self, name: str) -> Tensor:
@@ -116,10 +117,11 @@ class DensePath:
             self._exchange()
 
     def close(self) -> None:
-        """End all coroutines."""
+        """End all coroutines, and let go of the weights: this object and its `products` refer to each other."""
         for run in self._live.values():
             self._end(run)
-        self._live.clear()
+        for held in (self._live, self.parameters, self.original, self.products.watched):
+            held.clear()
 
     def _exchange(self) -> None:
         for name, original in self.original.items():

@@ -32,7 +32,7 @@ from llmprune.walk.dense_path import DensePath
 from llmprune.walk.products import ALL, Product, Products, WeightKey
 from llmprune.walk.survey import Schedule, Station, identity
 
-__all__ = ["Group", "LayerWalk"]
+__all__ = ["Group", "LayerWalk", "require_finite"]
 
 TRUSTED = 2
 """An expert that met fewer than TRUSTED · in_features tokens is cold."""
@@ -113,6 +113,7 @@ class LayerWalk:
     dense : the same layer unpruned, where the statistic compares the two
     held_out : batches whose inputs are summed apart (at stations that can be compared)
     tidy : called whenever `TIDY` batches have gone on, to give back memory that they left
+    keep : puts what leaves the layer, per batch, where it waits for the next one
 
     Raises
     ------
@@ -135,10 +136,11 @@ class LayerWalk:
         dense: DensePath | None = None,
         held_out: frozenset[int] = frozenset(),
         tidy: Callable[[], None] | None = None,
+        keep: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.layer, self.hidden, self.call, self.schedule = layer, hidden, call, schedule
         self.kind, self.capacity, self.dense, self.held_out = kind, capacity, dense, held_out
-        self.tidy, self._advances = tidy, 0
+        self.tidy, self.keep, self._advances = tidy, keep, 0
         self.parameters = dict(layer.named_parameters())
         self.position = {key: at for at, station in enumerate(schedule.stations) for key in station.weights}
         watched = {key.parameter for key in self.position}
@@ -264,7 +266,7 @@ class LayerWalk:
         if self.tidy is not None and self._advances % TIDY == 0:
             self.tidy()
         if run.coroutine.dead:
-            self._results[batch] = _finite(paused_at)
+            self._finish(batch, paused_at)
             if not self._may_rerun:
                 self.hidden[batch] = self._results[batch]  # the input is not needed any more: let go of its memory
             return
@@ -342,7 +344,11 @@ class LayerWalk:
         batches = {batch for at in late for batch in self._counted.get(at, {})}
         for batch in range(len(self.hidden)) if self._stale else sorted(batches):
             with torch.no_grad():
-                self._results[batch] = _finite(self.call(self.layer, self.hidden[batch], batch))
+                self._finish(batch, self.call(self.layer, self.hidden[batch], batch))
+
+    def _finish(self, batch: int, output: Tensor) -> None:
+        output = require_finite(output)
+        self._results[batch] = self.keep(output) if self.keep is not None else output
 
     def start_over(self) -> None:
         """Drop every batch that waits: it starts again from the layer's input, through the weights as they are now."""
@@ -355,8 +361,10 @@ class LayerWalk:
         for run in [*self._live.values(), *([self._current] if self._current else [])]:
             self._end(run)
         self._current = None
-        for held in (self._live, self._results, self._tallies, self._pools, self.hidden):
-            held.clear()  # this object and its `products` refer to each other, so it may outlive its use for a while
+        # This object and its `products` refer to each other, so it may outlive its use for a while.
+        mine = (self._live, self._results, self._tallies, self._pools, self.hidden)
+        for held in (*mine, self.parameters, self.products.watched):
+            held.clear()
 
     def _end(self, run: _Run) -> None:
         if not run.coroutine.dead:
@@ -364,7 +372,8 @@ class LayerWalk:
                 run.coroutine.throw()
 
 
-def _finite(output: Tensor) -> Tensor:
+def require_finite(output: Tensor) -> Tensor:
+    """The hidden states that a layer gives. Raises NumericError if they hold NaN or inf."""
     if not torch.isfinite(output).all():
         raise NumericError("NaN or inf in its output. float16 models overflow easily: try --dtype bfloat16 or float32.")
     return output

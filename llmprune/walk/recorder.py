@@ -9,6 +9,7 @@ this way compute the model's own forward bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,31 +61,47 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def record(
-    model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Tensor], *, place: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    batches: Sequence[Tensor],
+    *,
+    place: Callable[[Tensor], Tensor],
+    keep: Callable[[Tensor], Tensor] | None = None,
+    forms: Sequence[bool] | None = None,
 ) -> Recording:
     """Run the model's forward on each batch of token ids (batch, seq_len) with every layer replaced by a recorder.
 
-    `place` moves a recorded tensor to where and in which dtype the layers will be computed. Equal arguments are kept
-    once: the masks of 128 windows would be gigabytes.
+    Equal arguments are kept once: the masks of 128 windows would be gigabytes.
+
+    Parameters
+    ----------
+    place : moves a recorded tensor to where and in which dtype the layers will be computed
+    keep : puts the hidden states, which each batch has for itself, where they wait for their turn
+    forms : whether each layer returns a tuple, if that is known from `check_replay`; else a short forward tells
 
     Raises
     ------
     UnsupportedModel
         if a layer is skipped, called twice or out of order, or the model changes the hidden states between layers.
     """
-    forms = _return_forms(model, layers, batches[0])
-    recording, keep = Recording(calls=[[] for _ in layers]), _Shared(place)
+    if forms is None:
+        forms = _return_forms(model, layers, batches[0])
+    recording, shared = Recording(calls=[[] for _ in layers]), _Shared(place)
     for ids in batches:
         calls = _calls_of(model, layers, forms, ids)
-        recording.hidden.append(place(_take(calls[0])))
+        hidden = place(_take(calls[0]))
+        recording.hidden.append(keep(hidden) if keep is not None else hidden)
         for index, call in enumerate(calls):
-            recording.calls[index].append(_with_gap(call, keep))
-        keep.forget_objects()
+            recording.calls[index].append(_with_gap(call, shared))
+        shared.forget_objects()
     return recording
 
 
-def check_replay(model: nn.Module, layers: Sequence[nn.Module], ids: Tensor) -> None:
+def check_replay(model: nn.Module, layers: Sequence[nn.Module], ids: Tensor) -> list[bool]:
     """Prove that the layers, called one by one as recorded, compute what the model computes, bit for bit.
+
+    Of the model's own hidden states only digests are kept, so that memory does not grow with the layers.
+    Returns for each layer whether it returns a tuple.
 
     Raises
     ------
@@ -93,28 +110,36 @@ def check_replay(model: nn.Module, layers: Sequence[nn.Module], ids: Tensor) -> 
     NumericError
         if the dense model itself gives NaN or inf.
     """
-    truth: list[Tensor] = []
-    handles = [layer.register_forward_hook(lambda _m, _a, out: truth.append(hidden_of(out))) for layer in layers]
+    forms = _return_forms(model, layers, ids)
+    truth: list[tuple[bool, bytes]] = []
+    handles = [layer.register_forward_hook(lambda _m, _a, out: truth.append(_seal(hidden_of(out)))) for layer in layers]
     try:
         _run(model, ids, handles_last=layers[-1])
     finally:
         for handle in handles:
             handle.remove()
-    recording = record(model, layers, [ids], place=lambda tensor: tensor)
+    recording = record(model, layers, [ids], place=lambda tensor: tensor, forms=forms)
     hidden = recording.hidden[0]
     with torch.no_grad():
         for index, layer in enumerate(layers):
             hidden = recording.calls[index][0](layer, hidden)
-            if not torch.isfinite(truth[index]).all():
+            if not truth[index][0]:
                 raise NumericError(
                     f"decoder layer {index} of the dense model gives NaN or inf on the first calibration window. "
                     "float16 models overflow easily: try --dtype bfloat16 or float32. Nothing was changed."
                 )
-            if not torch.equal(hidden, truth[index]):
+            if _seal(hidden) != truth[index]:
                 raise UnsupportedModel(
                     f"decoder layer {index} ({type(layer).__name__}), called by itself, does not compute what the "
                     "model computes, so pruning it by itself would calibrate on wrong inputs. Nothing was changed."
                 )
+    return forms
+
+
+def _seal(hidden: Tensor) -> tuple[bool, bytes]:
+    """Whether all numbers are finite, and a digest of their bits."""
+    raw = hidden.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return bool(torch.isfinite(hidden).all()), hashlib.sha256(raw).digest()
 
 
 def _run(model: nn.Module, ids: Tensor, *, handles_last: nn.Module | None = None) -> None:

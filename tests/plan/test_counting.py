@@ -1,0 +1,51 @@
+"""Work counted on a small instance says what the large one takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmprune.config import PruneConfig
+from llmprune.plan.counting import Counter, Work, extrapolated
+from llmprune.plan.workload import Case, count_case
+
+
+def test_products_traffic_and_memory_are_counted() -> None:
+    left, right = torch.ones(3, 5), torch.ones(5, 7)
+    with Counter() as counter:
+        product = left @ right
+        product.add_(1)
+        del product
+        torch.ones(2, 2)
+    assert counter.work == Work(products=2 * 3 * 5 * 7, moved=2 * 4 * 21 + 16, calls=3, peak=4 * 21)
+
+
+def test_products_in_place_and_factorings_are_counted() -> None:
+    matrix = torch.eye(6)
+    with Counter() as counter:
+        torch.zeros(6, 6).addmm_(matrix, matrix)
+        torch.linalg.cholesky_ex(matrix)
+        torch.linalg.solve_triangular(matrix, torch.ones(6, 2), upper=True)
+    assert counter.work.products == 2 * 6**3
+    assert counter.work.factorings == pytest.approx(6**3 / 3 + 6 * 6 * 2)
+
+
+@pytest.mark.parametrize("settings", [{"method": "wanda"}, {"method": "sparsegpt"}, {"effort": "balanced"}])
+def test_a_solve_is_extrapolated(settings: dict[str, str]) -> None:
+    config = PruneConfig(**settings)  # type: ignore[arg-type]
+    recipe = config.recipe
+    case = Case(
+        recipe=recipe,
+        pattern=config.pattern,
+        rows=(192, 192),
+        in_features=384,
+        kind=recipe.statistic,
+        held_out=recipe.dense_targets,
+        tokens=96,
+        computed=torch.bfloat16,
+        stored=torch.bfloat16,
+    )
+    truth, found = count_case(case), extrapolated(lambda size: count_case(case.shrunk(size)), 128, 384)
+    for quantity in ("products", "factorings", "moved", "peak"):
+        assert getattr(found, quantity) == pytest.approx(getattr(truth, quantity), rel=0.1), quantity
+    assert found.calls == pytest.approx(truth.calls, rel=0.05)
