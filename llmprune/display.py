@@ -122,8 +122,16 @@ class _Bars(_Lines):
             self.progress.advance(self.bar)
 
     def evaluated(self, done: int, total: int) -> None:
+        self._show("windows", done, total)
+
+    def distilled(self, done: int, total: int) -> None:
+        if done == 1:
+            self._drop_bar()  # of the layers
+        self._show("distillation", done, total)
+
+    def _show(self, what: str, done: int, total: int) -> None:
         if self.bar is None:
-            self.bar = self.progress.add_task("  windows", total=total)
+            self.bar = self.progress.add_task(f"  {what}", total=total)
         self.progress.update(self.bar, completed=done, total=total)
 
     def _drop_bar(self) -> None:

@@ -12,7 +12,7 @@ machine multiplies in bfloat16, the passes do (the weights that are adjusted sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,6 +78,7 @@ def distill(
     masks: Mapping[str, Tensor],
     held_out: frozenset[int],
     passes: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TunedPart:
     """Adjust the pruned parameters of `model` in place, each in its own dtype.
 
@@ -86,6 +87,7 @@ def distill(
     masks : by name of a parameter, what is kept of it (True), of the parameter's own shape
     wanted : of the dense model, per batch
     held_out : batches that are not trained on but decide
+    progress : called with (steps done, steps at most)
     """
     parameters = dict(model.named_parameters())
     losses = [partial(_loss, model, ids, target) for ids, target in zip(batches, wanted, strict=True)]
@@ -97,6 +99,7 @@ def distill(
         passes=passes,
         dtypes=[parameters[name].dtype for name in masks],
         learning_rate=LEARNING_RATE,
+        progress=progress,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmprune.config import PruneConfig
 from llmprune.errors import LlmpruneError
 from llmprune.machine import free_bytes, give_back_memory
-from llmprune.pipeline.distill import distill, predictions
+from llmprune.pipeline.distill import Predictions, distill, predictions
 from llmprune.pipeline.groups import Place, prune_group, recounted
 from llmprune.pipeline.masks import StoredMasks
 from llmprune.pipeline.permute import PROOF_TOKENS, Permuter
@@ -59,6 +59,9 @@ class Watcher:
 
     def layer_done(self, index: int) -> None:
         """A layer is finished."""
+
+    def distilled(self, done: int, total: int) -> None:
+        """So many steps of the distillation are done, of `total` at most."""
 
 
 def prune_layers(
@@ -112,10 +115,7 @@ def prune_layers(
             give_back_memory()
             watcher.layer_done(index)
         if config.distill:
-            loop.pruned.hidden = []
-            result.tuned.append(
-                distill(model, batches, wanted, masks=loop.masks, held_out=loop.held_out, passes=config.distill)
-            )
+            result.tuned.append(loop.distill(wanted, watcher))
             watcher.tuned(result.tuned[-1])
             result.weights = recounted(model, result.weights)
     return result
@@ -135,6 +135,7 @@ class _Loop:
         device: torch.device,
     ) -> None:
         self.model, self.config, self.survey, self.device = model, config, survey, device
+        self.batches = batches
         self.plan, self.recipe = plan, config.recipe
         self.masks: dict[str, Tensor] = {}
         self.pruned = record_layers(model, survey.decoder, batches, device)
@@ -178,6 +179,19 @@ class _Loop:
         for recording in filter(None, (self.pruned, self.dense)):
             recording.calls[index] = []
         return rows if tuner is None else recounted(self.model, rows)
+
+    def distill(self, wanted: list[Predictions], watcher: Watcher) -> TunedPart:
+        """Tune what all layers have kept, together, towards these predictions of the dense model."""
+        self.pruned.hidden = []
+        return distill(
+            self.model,
+            self.batches,
+            wanted,
+            masks=self.masks,
+            held_out=self.held_out,
+            passes=self.config.distill or 0,
+            progress=watcher.distilled,
+        )
 
     def _permuter(self, model: nn.Module, batches: list[Tensor]) -> Permuter | None:
         if not self.config.permute:
