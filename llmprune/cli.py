@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -37,7 +38,7 @@ VERBS = {
     "eval": "Perplexity of a model, with its standard error and protocol.",
     "verify": "Prove that a pruned checkpoint is what its report says.",
     "pack": "Store a pruned checkpoint without its zeros: half the size, the same bits.",
-    "unpack": "Make a packed checkpoint dense again, bit for bit.",
+    "unpack": "Make a packed checkpoint dense again, every tensor bit for bit.",
     "generate": "Text from a model, packed or dense, and how fast it came.",
     "bench": "A packed model and the same one dense, side by side.",
     "tune": "Measure the ways to multiply with packed weights on this machine.",
@@ -282,13 +283,17 @@ def _verify(directory: Path, no_reload: bool, trust_remote_code: bool, as_json: 
 _source = click.argument("source", metavar="SRC", type=click.Path(path_type=Path, exists=True, file_okay=False))
 _target = click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
+_quiet = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 
 
 @root.command("pack", short_help=VERBS["pack"])
 @_source
 @_target
 @_overwrite
-def _pack(source: Path, target: Path, overwrite: bool) -> None:
+@_quiet
+@_as_json
+def _pack(source: Path, target: Path, *, overwrite: bool, **shown: bool) -> None:
     """Store the checkpoint in SRC without its zeros, in DST: values and a bitmap, in safetensors.
 
     At 2:4 and at 50 % a 16-bit weight takes 9/16 of its bytes. What was pruned is read from llmprune's report; in a
@@ -296,25 +301,34 @@ def _pack(source: Path, target: Path, overwrite: bool) -> None:
     bit. transformers loads it after `import llmprune`.
     """
     from llmprune.checkpoint.convert import pack_checkpoint
-    from llmprune.display import show_conversion
 
-    show_conversion(pack_checkpoint(source, target, overwrite=overwrite), "packed")
+    _show_conversion(pack_checkpoint(source, target, overwrite=overwrite), "packed", **shown)
 
 
 @root.command("unpack", short_help=VERBS["unpack"])
 @_source
 @_target
 @_overwrite
-def _unpack(source: Path, target: Path, overwrite: bool) -> None:
-    """Make the packed checkpoint in SRC dense again, in DST, bit for bit.
+@_quiet
+@_as_json
+def _unpack(source: Path, target: Path, *, overwrite: bool, **shown: bool) -> None:
+    """Make the packed checkpoint in SRC dense again, in DST, every tensor bit for bit.
 
     It also reads the sparse-bitmask and sparse-24-bitmask checkpoints of compressed-tensors up to 0.14, which today's
     libraries load as random weights.
     """
     from llmprune.checkpoint.convert import unpack_checkpoint
+
+    _show_conversion(unpack_checkpoint(source, target, overwrite=overwrite), "unpacked", **shown)
+
+
+def _show_conversion(done: Any, verb: str, *, quiet: bool, as_json: bool) -> None:
     from llmprune.display import show_conversion
 
-    show_conversion(unpack_checkpoint(source, target, overwrite=overwrite), "unpacked")
+    if as_json:
+        click.echo(json.dumps(asdict(done), indent=2, default=str))
+    elif not quiet:
+        show_conversion(done, verb)
 
 
 def _prune(options: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ AS_SAVED = (
 )
 AS_PACKED = (
     "Packed, the zeros of pruned weights are not stored: transformers loads this after `import llmprune`; for all "
-    "other programs `llmprune unpack` gives back the dense files, bit for bit."
+    "other programs `llmprune unpack` gives back every dense tensor, bit for bit."
 )
 
 

@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmprune.checkpoint.carry import INDEX, WEIGHTS
 from llmprune.checkpoint.layout import SavedWeight, digest
 from llmprune.checkpoint.packed import Entry, dense_tensor, index_name, packed_entries
 from llmprune.checkpoint.probe import Probe, logits_of
 from llmprune.checkpoint.report import Report
+from llmprune.checkpoint.stream import INDEX, WEIGHTS
 from llmprune.errors import UserError, VerificationError
+from llmprune.model import quiet_transformers
 from llmprune.results import PrunedWeight
 from llmprune.sparsity.pattern import NM, parse_pattern
 
@@ -261,7 +262,8 @@ def _check_reload(directory: Path, report: Report, probe: Probe | None, *, trust
     arguments = probe.loading if probe is not None else {"dtype": "auto"}
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     try:
-        model, info = load(directory, output_loading_info=True, trust_remote_code=trust_remote_code, **arguments)
+        with quiet_transformers():
+            model, info = load(directory, output_loading_info=True, trust_remote_code=trust_remote_code, **arguments)
     except Exception as error:  # whatever a reader would meet is what we want to know
         yield Check("transformers loads it", 1, (f"{type(error).__name__}: {error}",))
         return

@@ -156,7 +156,7 @@ class _Loop:
             masks = StoredMasks(layer, schedule)
             if self.permuter is not None:
                 call = caller(self.pruned, index)
-                moved = self.permuter.permute(layer, index, schedule, self.pruned.hidden, call)
+                moved = self.permuter.permute(layer, index, schedule, hidden=self.pruned.hidden, call=call)
                 scheduled = {key.parameter for station in schedule.stations for key in station.weights}
                 result.adjusted |= {prefix + name for name in moved - scheduled}
             with self._dense_path(layer, index, schedule) as dense:

@@ -431,7 +431,13 @@ def test_the_verbs_pack_and_unpack_and_tell_the_gain(
     assert "14 of 21 tensors unpacked (14 2:4)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--overwrite"):
         run("pack", dense, tmp_path / "packed")
-    run("pack", dense, tmp_path / "packed", "--overwrite")
+    run("pack", dense, tmp_path / "packed", "--overwrite", "--quiet")
+    assert capsys.readouterr() == ("", "")
+    run("unpack", tmp_path / "packed", tmp_path / "back", "--overwrite", "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["directory"] == str(tmp_path / "back")
+    assert told["before"] < told["after"]
+    assert (told["tensors"], told["patterns"]) == (21, {"2:4": 14})
     with pytest.raises(UserError, match="never changed"):
         run("unpack", tmp_path / "packed", tmp_path / "packed", "--overwrite")
 
