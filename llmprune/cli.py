@@ -28,15 +28,19 @@ Examples:
   llmprune --model gpt2 --sparsity 2:4
   llmprune --model ./my-model --sparsity 0.5 --method wanda
   llmprune --model ./m.gguf --sparsity 4:8
-  llmprune eval --model ./gpt2-alps-2of4 --dataset wikitext2
+  llmprune eval --model ./gpt2-alps-2of4 --against gpt2
+  llmprune compare gpt2 ./gpt2-alps-2of4 ./gpt2-wanda-2of4 --tasks lambada,piqa
   llmprune verify ./gpt2-alps-2of4
   llmprune pack ./gpt2-alps-2of4 ./gpt2-packed
   llmprune generate ./gpt2-packed --prompt "Once upon a time"
 """
 
 VERBS = {
-    "eval": "Perplexity of a model, with its standard error and protocol.",
+    "eval": "Perplexity of a model and its distance from the dense one, with standard errors and protocol.",
+    "compare": "Several checkpoints of one model in one table beside the dense one.",
     "verify": "Prove that a pruned checkpoint is what its report says.",
+    "report": "Draw the report of a pruned checkpoint as a page, or of several side by side.",
+    "push": "Push a saved checkpoint to the Hub, and compare what arrived.",
     "pack": "Store a pruned checkpoint without its zeros: half the size, the same bits.",
     "unpack": "Make a packed checkpoint dense again, every tensor bit for bit.",
     "generate": "Text from a model, packed or dense, and how fast it came.",
@@ -45,7 +49,10 @@ VERBS = {
 }
 
 HOMES = {
-    "eval": "llmprune.eval.perplexity",
+    "eval": "llmprune.eval.command",
+    "compare": "llmprune.eval.compare",
+    "report": "llmprune.report.command",
+    "push": "llmprune.job.push",
     "generate": "llmprune.runtime.generate",
     "bench": "llmprune.runtime.bench",
     "tune": "llmprune.runtime.tune",
@@ -219,7 +226,12 @@ output_option, other_option = _grouped("Result"), _grouped("Other")
 )
 @eval_option("--eval-tokens", type=int, help="Tokens of each at most.  [default: all; 16384 on a CPU]")
 @eval_option("--eval-seq-len", type=int, help="Tokens per window.  [default: as --seq-len]")
-@eval_option("--no-eval", is_flag=True, help="Prune and save without measuring perplexity.")
+@eval_option(
+    "--eval-tasks", multiple=True, help="Zero-shot task before and after, such as lambada or piqa.  [may be repeated]"
+)
+@eval_option("--eval-data", metavar="FOLDER", help="JSON lines with the items of the tasks.  [default: from the Hub]")
+@eval_option("--eval-limit", type=int, help="Items of each task at most.  [default: all]")
+@eval_option("--no-eval", is_flag=True, help="Prune and save without measuring anything.")
 @output_option("--output-dir", type=click.Path(path_type=Path), help="[default: ./MODEL-METHOD-2of4]")
 @output_option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
 @output_option("--max-shard-size", default="5GB", help="Size of a weight file at most.")
@@ -231,7 +243,9 @@ output_option, other_option = _grouped("Result"), _grouped("Other")
     metavar="[ID]",
     help="Push the result to the Hub, as ID or under the output's name.",
 )
-@output_option("--hub-private-repo", is_flag=True, help="Make the Hub repository private.")
+@output_option("--hub-private-repo", is_flag=True, help="Make a new Hub repository private.")
+@output_option("--hub-revision", metavar="BRANCH", help="Push to this branch of it.  [default: main]")
+@output_option("--hub-create-pr", is_flag=True, help="Open a pull request in place of a commit to main.")
 @other_option(
     "--config",
     "config_file",
@@ -363,7 +377,7 @@ def _run(options: dict[str, Any], *, no_eval: bool, observer: Any) -> Any:
 
     config, evaluation = take(PruneConfig), take(EvaluationConfig)
     if no_eval:
-        evaluation["eval_dataset"] = ()
+        evaluation |= {"eval_dataset": (), "eval_tasks": ()}
     job = Job(
         config=PruneConfig(**config),
         evaluation=EvaluationConfig(**evaluation),

@@ -106,6 +106,8 @@ def test_progress_goes_to_standard_error_and_the_result_to_standard_output(desk:
     assert "\x1b[" not in done.stderr + done.stdout  # no colours, no bars: this is no terminal
     for expected in ("perplexity", "dense", "pruned", "±", "50.00% of the pruned weights", "peak memory", "verified"):
         assert expected in done.stdout
+    for expected in ("KL from dense", "top-1 agreement", "recovery", "prompt  'The capital of France is'"):
+        assert expected in done.stdout
     assert "tokenised once" in " ".join(done.stdout.split())
     assert "as large and run as fast as the dense" in " ".join(done.stdout.split())
 
@@ -138,7 +140,8 @@ def test_verify_passes_and_then_finds_a_changed_byte(desk: Desk, pruned: Path) -
 def test_eval_prints_the_number_of_the_report(desk: Desk, pruned: Path) -> None:
     after = json.loads((pruned / "llmprune_report.json").read_text())["after"][0]
     arguments = ["--model", pruned.name, "--dataset", "text.txt", "--tokens", "256", "--seq-len", "32", "--json"]
-    assert json.loads(desk.run("eval", *arguments).stdout)["value"] == pytest.approx(after["value"], rel=1e-6)
+    [row] = json.loads(desk.run("eval", *arguments).stdout)["rows"]
+    assert row["value"] == pytest.approx(after["value"], rel=1e-6)
 
 
 def test_the_config_of_a_pruned_model_repeats_its_run(desk: Desk, pruned: Path) -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from llmprune.checkpoint.base_card import LICENCE_FILES
 from llmprune.checkpoint.packed import Entry, dense_tensor, index_name, packed_entries
 from llmprune.checkpoint.report import TensorRecord, record
 from llmprune.checkpoint.stream import INDEX, WEIGHTS
@@ -32,10 +33,7 @@ _EXTRA = "model-extra.safetensors"
 
 _FILES = (
     "*.py",  # custom code; save_pretrained copies only what the loaded class is defined in
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *LICENCE_FILES,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",

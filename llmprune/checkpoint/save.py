@@ -14,7 +14,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.checkpoint.carry import Carried, carry_over
-from llmprune.checkpoint.report import cleaned
+from llmprune.checkpoint.provenance import cleaned
 from llmprune.checkpoint.target import write_errors
 from llmprune.errors import UserError
 

@@ -21,6 +21,7 @@ class Job:
     output_dir : where the checkpoint goes; None: it is not saved
     format : "dense", zeros stored as any number, which everything reads; or "packed", without them
     push_to_hub : repository id, "" for the default name in one's own namespace, None: no push
+    hub_private_repo, hub_revision, hub_create_pr : as in `llmprune.checkpoint.hub.Destination`
     """
 
     model: Any
@@ -39,6 +40,8 @@ class Job:
     format: str = "dense"
     push_to_hub: str | None = None
     hub_private_repo: bool = False
+    hub_revision: str | None = None
+    hub_create_pr: bool = False
 
 
 class Observer(Watcher):
@@ -61,6 +64,7 @@ class PruneResult:
     model : pruned, in memory
     report : what was done and measured
     directory, url : where it was saved and pushed
+    commit : id of the Hub's commit that holds it
     dense_bytes : of the files with weights before they were packed; None where they were not
     """
 
@@ -69,4 +73,5 @@ class PruneResult:
     report: Report
     directory: Path | None = None
     url: str | None = None
+    commit: str | None = None
     dense_bytes: int | None = None

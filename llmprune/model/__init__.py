@@ -6,7 +6,7 @@ structure.py   decoder layers and their matrices, found by structure
 
 from __future__ import annotations
 
-from llmprune.model.load import DTYPES, Loaded, load, quiet_transformers
+from llmprune.model.load import DTYPES, Loaded, check_model, load, quiet_transformers
 from llmprune.model.structure import Decoder, find_decoder, max_seq_len
 
-__all__ = ["DTYPES", "Decoder", "Loaded", "find_decoder", "load", "max_seq_len", "quiet_transformers"]
+__all__ = ["DTYPES", "Decoder", "Loaded", "check_model", "find_decoder", "load", "max_seq_len", "quiet_transformers"]

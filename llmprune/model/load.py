@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmprune.errors import LlmpruneError, UnsupportedModel, UserError
 
-__all__ = ["DTYPES", "Loaded", "load", "quiet_transformers"]
+__all__ = ["DTYPES", "Loaded", "check_model", "load", "quiet_transformers"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -39,8 +39,9 @@ HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 SIDE_FILES = [
     *("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*processor_config.json", "tokenizer.model"),
     "*.safetensors.index.json",
+    "README.md",
 ]
-"""What `llmprune.checkpoint.carry` looks for beside the files that transformers has fetched."""
+"""What `llmprune.checkpoint` looks for beside the files that transformers has fetched: to carry it over, or to read."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,9 @@ def load(
     UserError
         if there is no such model, it needs trust_remote_code, or its quantization cannot be undone.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
-    path = _demo_path() if name == "demo" and not Path(name).exists() else Path(name)
-    if revision is not None and path.exists():
-        raise UserError(f"--revision is for models of the Hub; {name} is on this machine, so leave it out.")
+    path = _located(name, revision, dtype)
     if path.suffix == ".gguf":
         return _load_gguf(path, name, dtype)
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
-        what = "is a file, not a directory or .gguf file" if path.exists() else "does not exist"
-        raise UserError(f"--model is a hub id, a directory or a .gguf file; {name} {what}.")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _told_clearly(name), quiet_transformers():
         config = AutoConfig.from_pretrained(name, revision=revision, **options)
@@ -110,9 +104,33 @@ def load(
     return Loaded(_ready(model, dequantized=bool(extra) or packed), tokenizer, name, base, commit, directory, notes)
 
 
+def check_model(
+    name: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> None:
+    """Raise what `load` would raise of a model that is not there or cannot be dequantized, without its weights."""
+    if _located(name, revision, dtype).suffix != ".gguf":
+        with _told_clearly(name), quiet_transformers():
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            _dequantization(config, name)
+
+
+def _located(name: str, revision: str | None, dtype: str) -> Path:
+    """The path that a name stands for, which exists unless it is a hub id."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
+    path = _demo_path() if name == "demo" and not Path(name).exists() else Path(name)
+    if revision is not None and path.exists():
+        raise UserError(f"--revision is for models of the Hub; {name} is on this machine, so leave it out.")
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"--model: the GGUF file {path} does not exist.")
+    elif not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
+        what = "is a file, not a directory or .gguf file" if path.exists() else "does not exist"
+        raise UserError(f"--model is a hub id, a directory or a .gguf file; {name} {what}.")
+    return path
+
+
 def _load_gguf(path: Path, name: str, dtype: str) -> Loaded:
-    if not path.is_file():
-        raise UserError(f"--model: the GGUF file {path} does not exist.")
     # transformers draws its bar for dequantizing a GGUF whatever the settings are.
     with _told_clearly(name), quiet_transformers(), redirect_stderr(io.StringIO()):
         kind = None if dtype == "auto" else dtype

@@ -451,11 +451,14 @@ def test_a_job_saves_packed_and_proves_it(tmp_path: Path, capsys: pytest.Capture
     )
     assert result.directory is not None
     assert sorted(path.name for path in result.directory.iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "llmprune_report.json",
         "model.safetensors",
+        "report.html",
     ]
+    assert "import llmprune" in (result.directory / "README.md").read_text()
     size = (result.directory / "model.safetensors").stat().st_size
     assert result.dense_bytes is not None
     assert size < result.dense_bytes
@@ -464,6 +467,8 @@ def test_a_job_saves_packed_and_proves_it(tmp_path: Path, capsys: pytest.Capture
     assert "import llmprune" in (shown := " ".join(capsys.readouterr().out.split()))
     assert f"{size / result.dense_bytes:.1%}" in shown
     back = unpack_checkpoint(result.directory, tmp_path / "back").directory
+    assert 'from_pretrained("back")' in (card := (back / "README.md").read_text())  # a card of the dense files now
+    assert "import llmprune" not in card
     verify(back).raise_if_failed()
     state = {name: tensor for name, tensor in model.state_dict().items() if name in tensors_of(back)}
     assert same_bits(tensors_of(back), state)
