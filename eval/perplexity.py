@@ -10,31 +10,33 @@ cross-entropies. Numbers compare only where window length, text and BOS agree, s
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import click
 import torch
 
 from llmprune.data import BosMode, Corpus, Source, bos_token, evaluation_windows, load_corpus
-from llmprune.errors import LlmpruneError, NumericError, UserError
+from llmprune.errors import NumericError, UserError
+from llmprune.eval.divergence import DensePass, Divergence, mean_with_error
 from llmprune.eval.losses import LOGITS_MEMORY, window_losses
-from llmprune.machine import device_named
+from llmprune.eval.versions import versions
+from llmprune.results import with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Perplexity", "default_seq_len", "evaluate", "main", "perplexity"]
+__all__ = ["CHARACTERS_PER_TOKEN", "CPU_TOKENS", "Perplexity", "default_seq_len", "evaluate", "main", "perplexity"]
+
+CPU_TOKENS = 16_384
+"""Tokens of each text that are measured on a CPU where nobody said how many: minutes, not hours."""
 
 _LONGEST_WINDOW = 2048  # the papers' window; models that reach further are still measured with it
-# Reading stops at so many characters per token asked for: English text has 4 to 5, and no text known to us has 32.
-_CHARACTERS_PER_TOKEN = 32
+
+CHARACTERS_PER_TOKEN = 32
+"""Reading stops at so many per token asked for: English text has 4 to 5, and no text known to us has 32."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,13 @@ class Perplexity:
     """How it was measured, in one sentence."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the text came from: see `llmprune.data.Corpus`."""
+    divergence: Divergence | None = None
+    """From the dense model on the same tokens, where there is one to compare with."""
+    versions: dict[str, str] = field(default_factory=dict)
+    kind: str = "perplexity"
 
     def __str__(self) -> str:
-        error = "n/a" if self.standard_error is None else f"{self.standard_error:.2g}"
-        return f"{self.value:.4g} ± {error}"
+        return with_error(self.value, self.standard_error)
 
 
 def default_seq_len(config: PreTrainedConfig) -> int:
@@ -79,13 +84,16 @@ def evaluate(
     text_column: str | None = None,
     batch_size: int | None = None,
     logits_memory: int = LOGITS_MEMORY,
+    record: DensePass | None = None,
+    against: DensePass | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Measure `model` on `dataset`: anything that `load_corpus` reads, a `Corpus`, or windows of token ids (n, L).
 
     `tokens` bounds how much is read; without it all of the text is. `seq_len` is `default_seq_len` unless given (token
     ids bring their own). `bos` is as in `bos_token`, `text_column` as in `load_corpus`, where there is something to
-    load, and the rest as in `perplexity`.
+    load. Into `record` goes what will be needed to compare another model with this one; `against` is such a record of
+    the dense model, and the result then holds the divergence from it. The rest is as in `perplexity`.
 
     Raises
     ------
@@ -101,14 +109,21 @@ def evaluate(
     if isinstance(dataset, Corpus | torch.Tensor):
         corpus: Corpus | torch.Tensor = dataset
     else:
-        enough = None if tokens is None else _CHARACTERS_PER_TOKEN * max(tokens, seq_len)
+        enough = None if tokens is None else CHARACTERS_PER_TOKEN * max(tokens, seq_len)
         corpus = load_corpus(
             dataset, purpose="evaluation", text_column=text_column, tokenizer=tokenizer, enough_characters=enough
         )
     windows = evaluation_windows(corpus, tokenizer, seq_len=seq_len, tokens=tokens, bos=first)
-    value, standard_error, seconds = perplexity(
-        model, windows, batch_size=batch_size, logits_memory=logits_memory, progress=progress
-    )
+    _check_windows(windows, batch_size)
+    options: dict[str, Any] = {"batch_size": batch_size, "logits_memory": logits_memory, "progress": progress}
+    start, divergence = time.perf_counter(), None
+    if against is not None and against.trouble is None:
+        losses, divergence = against.compare(model, windows, **options)
+    else:
+        measure = window_losses if record is None else record.record
+        losses = measure(model, windows, **options)
+    seconds = time.perf_counter() - start
+    value, standard_error = _exp_of_mean(losses)
     dtype = str(model.dtype).removeprefix("torch.")
     name, provenance = _described(corpus)
     return Perplexity(
@@ -123,6 +138,8 @@ def evaluate(
         seconds=seconds,
         protocol=_protocol(corpus, windows, bos=first, dtype=dtype),
         provenance=provenance,
+        divergence=divergence,
+        versions=versions(),
     )
 
 
@@ -146,10 +163,7 @@ def perplexity(
     NumericError
         if a window's loss is NaN or infinite, or the perplexity is too large for a float.
     """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise UserError(f"perplexity needs windows of shape (1 or more, 2 or more); got {tuple(windows.shape)}.")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"--batch-size must be 1 or more; got {batch_size}.")
+    _check_windows(windows, batch_size)
     start = time.perf_counter()
     losses = window_losses(model, windows, batch_size=batch_size, logits_memory=logits_memory, progress=progress)
     seconds = time.perf_counter() - start
@@ -158,14 +172,19 @@ def perplexity(
 
 
 def _exp_of_mean(losses: list[float]) -> tuple[float, float | None]:
-    mean = statistics.fmean(losses)
+    mean, error = mean_with_error(losses)
     try:
         value = math.exp(mean)
     except OverflowError:
         raise NumericError(f"the mean cross-entropy is {mean:.4g}, so the perplexity is beyond a float.") from None
-    if len(losses) == 1:
-        return value, None
-    return value, value * statistics.stdev(losses) / math.sqrt(len(losses))
+    return value, None if error is None else value * error
+
+
+def _check_windows(windows: torch.Tensor, batch_size: int | None) -> None:
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise UserError(f"perplexity needs windows of shape (1 or more, 2 or more); got {tuple(windows.shape)}.")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch-size must be 1 or more; got {batch_size}.")
 
 
 def _longest_input(config: PreTrainedConfig) -> int | None:
@@ -202,60 +221,10 @@ def _protocol(corpus: Corpus | torch.Tensor, windows: torch.Tensor, *, bos: int 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of this file. Exit code 2 and one sentence where something given cannot be used."""
-    command.main(args=None if argv is None else list(argv), prog_name="python -m llmprune.eval.perplexity")
+    """The command line of this file, which is `llmprune eval`: exit code 2 and one sentence for what cannot be used."""
+    from llmprune.eval.command import command, run_command
 
-
-@click.command(help="Perplexity of a causal language model, with its standard error and the protocol.")
-@click.option("--model", "model_id", required=True, help="Hub id, folder or GGUF file.")
-@click.option("--revision", help="Branch, tag or commit of the model.")
-@click.option("--dataset", default="wikitext2", show_default=True, help="c4, wikitext2, demo, Hub id or file.")
-@click.option("--text-column", help="Column with the text. [default: text, else messages]")
-@click.option("--tokens", type=int, help="Read at most so many tokens. [default: all]")
-@click.option("--seq-len", type=int, help="Tokens per window. [default: 2048, or what the model takes]")
-@click.option("--bos", type=click.Choice(get_args(BosMode)), default="auto", show_default=True, help="BOS per window.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--device", help="Such as cpu or cuda:1. [default: the GPU if there is one]")
-@click.option("--batch-size", type=int, help="Windows per forward. [default: by memory for logits]")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(
-    *,
-    model_id: str,
-    revision: str | None,
-    dtype: str,
-    device: str | None,
-    trust_remote_code: bool,
-    as_json: bool,
-    **settings: Any,
-) -> None:
-    from llmprune.model import load
-
-    try:
-        loaded = load(model_id, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-        model = loaded.model.to(device_named(device))
-        result = evaluate(model, loaded.tokenizer, progress=_progress(), **settings)
-    except LlmpruneError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
-    click.echo(json.dumps(asdict(result), indent=2) if as_json else _as_lines(result))
-
-
-def _as_lines(result: Perplexity) -> str:
-    return "\n".join(
-        [
-            f"perplexity  {result}",
-            f"tokens      {result.tokens:,} predicted in {result.windows:,} windows, {result.seconds:.1f} s",
-            f"protocol    {result.protocol}",
-        ]
-    )
-
-
-def _progress() -> Callable[[int, int], None] | None:
-    """A counter on one line of a terminal; nothing where standard error is a file."""
-    if not sys.stderr.isatty():
-        return None
-    return lambda done, total: click.echo(f"\rwindow {done} of {total}", err=True, nl=done == total)
+    run_command(command, argv, "python -m llmprune.eval.perplexity")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import click
 
 from llmprune import __version__
 from llmprune.errors import HubError, LlmpruneError, UserError
+from llmprune.options import Titled, grouped, read_config
 
 __all__ = ["main"]
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 EXAMPLES = """\b
 Examples:
@@ -28,7 +27,8 @@ Examples:
   llmprune --model ./my-model --sparsity 0.5 --method wanda
   llmprune --model ./m.gguf --sparsity 4:8
   llmprune plan --model gpt2 --sparsity 2:4
-  llmprune eval --model ./gpt2-alps-2of4 --dataset wikitext2
+  llmprune eval --model ./gpt2-alps-2of4 --against gpt2
+  llmprune compare gpt2 ./gpt2-alps-2of4 ./gpt2-wanda-2of4 --tasks lambada,piqa
   llmprune verify ./gpt2-alps-2of4
   llmprune pack ./gpt2-alps-2of4 ./gpt2-packed
   llmprune generate ./gpt2-packed --prompt "Once upon a time"
@@ -36,10 +36,13 @@ Examples:
 
 VERBS = {
     "plan": "What a run would do, take and bring, from configuration and headers alone.",
-    "eval": "Perplexity of a model, with its standard error and protocol.",
+    "eval": "Perplexity of a model and its distance from the dense one, with standard errors and protocol.",
+    "compare": "Several checkpoints of one model in one table beside the dense one.",
     "verify": "Prove that a pruned checkpoint is what its report says.",
+    "report": "Draw the report of a pruned checkpoint as a page, or of several side by side.",
+    "push": "Push a saved checkpoint to the Hub, and compare what arrived.",
     "pack": "Store a pruned checkpoint without its zeros: half the size, the same bits.",
-    "unpack": "Make a packed checkpoint dense again, bit for bit.",
+    "unpack": "Make a packed checkpoint dense again, every tensor bit for bit.",
     "generate": "Text from a model, packed or dense, and how fast it came.",
     "bench": "A packed model and the same one dense, side by side.",
     "tune": "Measure the ways to multiply with packed weights on this machine.",
@@ -47,7 +50,10 @@ VERBS = {
 
 HOMES = {
     "plan": "llmprune.plan.verb",
-    "eval": "llmprune.eval.perplexity",
+    "eval": "llmprune.eval.command",
+    "compare": "llmprune.eval.compare",
+    "report": "llmprune.report.command",
+    "push": "llmprune.job.push",
     "generate": "llmprune.runtime.generate",
     "bench": "llmprune.runtime.bench",
     "tune": "llmprune.runtime.tune",
@@ -56,7 +62,7 @@ HOMES = {
 the options of a run."""
 
 
-class Root(click.Group):
+class Root(Titled, click.Group):
     """The group of verbs, which loads a verb only when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -77,84 +83,14 @@ class Root(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-class _Option(Protocol):
-    def __call__(self, *names: str, **settings: Any) -> Callable[[F], F]: ...
-
-
-def _grouped(title: str) -> _Option:
-    """Options that stand together in the help text."""
-
-    def option(*names: str, **settings: Any) -> Callable[[F], F]:
-        return click.option(*names, cls=_TitledOption, title=title, **settings)
-
-    return option
-
-
-class _TitledOption(click.Option):
-    def __init__(self, *args: Any, title: str, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.title = title
-
-
-class _TitledGroup(Root):
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Options under the headings that they were given."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if (row := parameter.get_help_record(ctx)) is not None:
-                sections.setdefault(getattr(parameter, "title", "Other"), []).append(row)
-        for title, rows in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(rows)
-        self.format_commands(ctx, formatter)
-
-
-def _parse(path: Path) -> Any:
-    """JSON, or YAML with every value left as text: YAML 1.1 would read 2:4 as a number in base 60, 124."""
-    import yaml
-
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    try:
-        return yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise click.BadParameter(f"{path} is neither JSON nor YAML: {str(error).splitlines()[0]}") from None
-
-
-def _read_config(ctx: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
-    """Settings from a file become the defaults of this command; what is typed goes before them."""
-    if path is None:
-        return None
-    settings = _parse(path)
-    if isinstance(settings, dict) and "llmprune_config" in settings:
-        settings = settings["llmprune_config"]  # the config.json of a pruned model: do the same again
-    if not isinstance(settings, dict):
-        raise click.BadParameter(f"{path} holds no settings; it should read like  sparsity: 2:4")
-    settings.pop("llmprune_version", None)
-    settings = {name.replace("-", "_"): value for name, value in settings.items()}
-    known = {parameter.name for parameter in ctx.command.params} - {"config_file"}
-    if unknown := sorted(settings.keys() - known):
-        raise click.BadParameter(
-            f"{path} sets {', '.join(unknown)}, which is no option. Options: {', '.join(sorted(filter(None, known)))}."
-        )
-    ctx.default_map = {
-        **(ctx.default_map or {}),
-        **{k: v for k, v in settings.items() if v not in (None, "", "null", "~")},
-    }
-    return path
-
-
-model_option, pattern_option = _grouped("What to prune"), _grouped("How")
-text_option, eval_option = _grouped("Calibration text"), _grouped("Evaluation")
-output_option, other_option = _grouped("Result"), _grouped("Other")
-scale_option = _grouped("Large models and long runs")
+model_option, pattern_option = grouped("What to prune"), grouped("How")
+text_option, eval_option = grouped("Calibration text"), grouped("Evaluation")
+output_option, other_option = grouped("Result"), grouped("Other")
+scale_option = grouped("Large models and long runs")
 
 
 @click.group(
-    cls=_TitledGroup,
+    cls=Root,
     invoke_without_command=True,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
@@ -224,7 +160,12 @@ scale_option = _grouped("Large models and long runs")
 )
 @eval_option("--eval-tokens", type=int, help="Tokens of each at most.  [default: all; 16384 on a CPU]")
 @eval_option("--eval-seq-len", type=int, help="Tokens per window.  [default: as --seq-len]")
-@eval_option("--no-eval", is_flag=True, help="Prune and save without measuring perplexity.")
+@eval_option(
+    "--eval-tasks", multiple=True, help="Zero-shot task before and after, such as lambada or piqa.  [may be repeated]"
+)
+@eval_option("--eval-data", metavar="FOLDER", help="JSON lines with the items of the tasks.  [default: from the Hub]")
+@eval_option("--eval-limit", type=int, help="Items of each task at most.  [default: all]")
+@eval_option("--no-eval", is_flag=True, help="Prune and save without measuring anything.")
 @output_option("--output-dir", type=click.Path(path_type=Path), help="[default: ./MODEL-METHOD-2of4]")
 @output_option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
 @output_option("--max-shard-size", default="5GB", help="Size of a weight file at most.")
@@ -236,7 +177,9 @@ scale_option = _grouped("Large models and long runs")
     metavar="[ID]",
     help="Push the result to the Hub, as ID or under the output's name.",
 )
-@output_option("--hub-private-repo", is_flag=True, help="Make the Hub repository private.")
+@output_option("--hub-private-repo", is_flag=True, help="Make a new Hub repository private.")
+@output_option("--hub-revision", metavar="BRANCH", help="Push to this branch of it.  [default: main]")
+@output_option("--hub-create-pr", is_flag=True, help="Open a pull request in place of a commit to main.")
 @scale_option(
     "--low-memory/--no-low-memory",
     default=None,
@@ -251,7 +194,7 @@ scale_option = _grouped("Large models and long runs")
     "--config",
     "config_file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    callback=_read_config,
+    callback=read_config,
     is_eager=True,
     expose_value=False,
     help="Options from a YAML or JSON file, or from the config.json of a pruned model.",
@@ -298,13 +241,17 @@ def _verify(directory: Path, no_reload: bool, trust_remote_code: bool, as_json: 
 _source = click.argument("source", metavar="SRC", type=click.Path(path_type=Path, exists=True, file_okay=False))
 _target = click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
+_quiet = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 
 
 @root.command("pack", short_help=VERBS["pack"])
 @_source
 @_target
 @_overwrite
-def _pack(source: Path, target: Path, overwrite: bool) -> None:
+@_quiet
+@_as_json
+def _pack(source: Path, target: Path, *, overwrite: bool, **shown: bool) -> None:
     """Store the checkpoint in SRC without its zeros, in DST: values and a bitmap, in safetensors.
 
     At 2:4 and at 50 % a 16-bit weight takes 9/16 of its bytes. What was pruned is read from llmprune's report; in a
@@ -312,25 +259,34 @@ def _pack(source: Path, target: Path, overwrite: bool) -> None:
     bit. transformers loads it after `import llmprune`.
     """
     from llmprune.checkpoint.convert import pack_checkpoint
-    from llmprune.display import show_conversion
 
-    show_conversion(pack_checkpoint(source, target, overwrite=overwrite), "packed")
+    _show_conversion(pack_checkpoint(source, target, overwrite=overwrite), "packed", **shown)
 
 
 @root.command("unpack", short_help=VERBS["unpack"])
 @_source
 @_target
 @_overwrite
-def _unpack(source: Path, target: Path, overwrite: bool) -> None:
-    """Make the packed checkpoint in SRC dense again, in DST, bit for bit.
+@_quiet
+@_as_json
+def _unpack(source: Path, target: Path, *, overwrite: bool, **shown: bool) -> None:
+    """Make the packed checkpoint in SRC dense again, in DST, every tensor bit for bit.
 
     It also reads the sparse-bitmask and sparse-24-bitmask checkpoints of compressed-tensors up to 0.14, which today's
     libraries load as random weights.
     """
     from llmprune.checkpoint.convert import unpack_checkpoint
+
+    _show_conversion(unpack_checkpoint(source, target, overwrite=overwrite), "unpacked", **shown)
+
+
+def _show_conversion(done: Any, verb: str, *, quiet: bool, as_json: bool) -> None:
     from llmprune.display import show_conversion
 
-    show_conversion(unpack_checkpoint(source, target, overwrite=overwrite), "unpacked")
+    if as_json:
+        click.echo(json.dumps(asdict(done), indent=2, default=str))
+    elif not quiet:
+        show_conversion(done, verb)
 
 
 def _prune(options: dict[str, Any]) -> None:
@@ -365,7 +321,7 @@ def _run(options: dict[str, Any], *, no_eval: bool, observer: Any) -> Any:
 
     config, evaluation = take(PruneConfig), take(EvaluationConfig)
     if no_eval:
-        evaluation["eval_dataset"] = ()
+        evaluation |= {"eval_dataset": (), "eval_tasks": ()}
     job = Job(
         config=PruneConfig(**config),
         evaluation=EvaluationConfig(**evaluation),

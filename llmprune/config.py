@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from llmprune.errors import UserError
@@ -34,7 +35,7 @@ NO_STEPS: dict[str, Any] = {
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": NO_STEPS | {"method": "alps", "admm_steps": 0, "refit": 3, "dampening_frac": 0.05},
-    "balanced": NO_STEPS | {"method": "alps", "dense_targets": True, "dampening_frac": 0.05},
+    "balanced": NO_STEPS | {"method": "alps", "permute": True, "dense_targets": True, "dampening_frac": 0.05},
     "best": NO_STEPS
     | {
         "method": "alps",
@@ -220,16 +221,35 @@ class EvaluationConfig:
     eval_dataset : data sets for perplexity, see `llmprune.data`; none: no evaluation
     eval_tokens : at most so many tokens of each; None: all of them on a GPU, 16 384 on a CPU
     eval_seq_len : length of a window; None: as the calibration windows
+    eval_tasks : zero-shot tasks, see `llmprune.eval.tasks`
+    eval_data : folder with the items of the tasks; None: they come from the Hub
+    eval_limit : at most so many items of each task; None: all
     """
 
     eval_dataset: tuple[str, ...] = field(default=("wikitext2",))
     eval_tokens: int | None = None
     eval_seq_len: int | None = None
+    eval_tasks: tuple[str, ...] = ()
+    eval_data: str | None = None
+    eval_limit: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eval_dataset", _names(self.eval_dataset))
         _at_least("eval_tokens", self.eval_tokens, 2, optional=True)
         _at_least("eval_seq_len", self.eval_seq_len, 2, optional=True)
+        tasks = ",".join(_names(self.eval_tasks))  # "lambada,piqa" is how people write them elsewhere
+        object.__setattr__(self, "eval_tasks", tuple(filter(None, tasks.split(","))))
+        _at_least("eval_limit", self.eval_limit, 1, optional=True)
+
+    @property
+    def asks_for_something(self) -> bool:
+        """Whether anything is to be measured."""
+        return bool(self.eval_dataset or self.eval_tasks)
+
+    @property
+    def task_data(self) -> Path | None:
+        """The folder of `eval_data`."""
+        return None if self.eval_data is None else Path(self.eval_data)
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -18,7 +18,8 @@ from rich.table import Table
 from llmprune.checkpoint.convert import Conversion
 from llmprune.checkpoint.verify import Verification
 from llmprune.job import Observer, PruneResult
-from llmprune.results import PrunedWeight, TunedPart
+from llmprune.report.document import PAGE
+from llmprune.results import PrunedWeight, TunedPart, percent_with_error, recovery, with_error
 
 __all__ = ["observer_for", "show_conversion", "show_result", "show_verification"]
 
@@ -28,7 +29,7 @@ AS_SAVED = (
 )
 AS_PACKED = (
     "Packed, the zeros of pruned weights are not stored: transformers loads this after `import llmprune`; for all "
-    "other programs `llmprune unpack` gives back the dense files, bit for bit."
+    "other programs `llmprune unpack` gives back every dense tensor, bit for bit."
 )
 
 
@@ -122,8 +123,16 @@ class _Bars(_Lines):
             self.progress.advance(self.bar)
 
     def evaluated(self, done: int, total: int) -> None:
+        self._show("windows", done, total)
+
+    def distilled(self, done: int, total: int) -> None:
+        if done == 1:
+            self._drop_bar()  # of the layers
+        self._show("distillation", done, total)
+
+    def _show(self, what: str, done: int, total: int) -> None:
         if self.bar is None:
-            self.bar = self.progress.add_task("  windows", total=total)
+            self.bar = self.progress.add_task(f"  {what}", total=total)
         self.progress.update(self.bar, completed=done, total=total)
 
     def _drop_bar(self) -> None:
@@ -151,7 +160,10 @@ def show_result(result: PruneResult) -> None:
     """The outcome on standard output: quality, sparsity, size, cost, where it is, and what it is good for."""
     console, report = Console(highlight=False), result.report
     if report.before:
-        console.print(_perplexities(report.before, report.after))
+        console.print(_evaluations(report.before, report.after))
+        for generation in report.generations:
+            _show_generation(console, generation)
+        console.print()
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(result):
         facts.add_row(f"[bold]{name}[/bold]", value)
@@ -161,17 +173,36 @@ def show_result(result: PruneResult) -> None:
         console.print(f"note: {note}", style="dim")
 
 
-def _perplexities(before: tuple[dict[str, Any], ...], after: tuple[dict[str, Any], ...]) -> Table:
-    table = Table("perplexity", "dense", "pruned", "tokens", caption_justify="left")
-    table.caption = "\n".join(dict.fromkeys(row["protocol"] for row in after))
+def _evaluations(before: tuple[dict[str, Any], ...], after: tuple[dict[str, Any], ...]) -> Table:
+    """Dense beside pruned: a line for each perplexity and task, and how far the pruned model is from the dense one."""
+    table = Table("", "dense", "pruned", "recovery", "on", caption_justify="left")
+    captions = ["Recovery: of a perplexity dense / pruned, of an accuracy pruned / dense."]
     for dense, pruned in zip(before, after, strict=True):
-        table.add_row(dense["dataset"], _with_error(dense), _with_error(pruned), f"{pruned['tokens']:,}")
+        left = recovery(dense, pruned)
+        share = "" if left is None else f"{left:.1f} %"
+        if dense["kind"] == "zero_shot":
+            name, amount, text = f"{dense['task']} {dense['metric']}", f"{pruned['items']:,} items", percent_with_error
+        else:
+            name, amount, text = f"perplexity on {dense['dataset']}", f"{pruned['tokens']:,} tokens", with_error
+        table.add_row(name, text(*_number(dense)), text(*_number(pruned)), share, amount)
+        captions.append(pruned["protocol"])
+        if (far := pruned.get("divergence")) is not None:
+            kl, agreement = (far["kl"], far["kl_standard_error"]), (far["top1_agreement"], far["top1_standard_error"])
+            table.add_row("  KL from dense, nats a token", "", with_error(*kl), "", "")
+            table.add_row("  top-1 agreement with dense", "", percent_with_error(*agreement), "", "")
+            captions.append(far["protocol"])
+    table.caption = "\n".join(dict.fromkeys(captions))
     return table
 
 
-def _with_error(row: dict[str, Any]) -> str:
-    error = row["standard_error"]
-    return f"{row['value']:.4g} ± {error:.2g}" if error is not None else f"{row['value']:.4g}"
+def _show_generation(console: Console, generation: dict[str, Any]) -> None:
+    """What both models write after a prompt, as Python writes strings: on one line each."""
+    for name in ("prompt", "dense", "pruned"):
+        console.print(f"{name:<8}{generation[name]!r}", markup=False, soft_wrap=True)
+
+
+def _number(row: dict[str, Any]) -> tuple[float, float | None]:
+    return row["value"], row["standard_error"]
 
 
 def _facts(result: PruneResult) -> Iterator[tuple[str, str]]:
@@ -188,8 +219,10 @@ def _facts(result: PruneResult) -> Iterator[tuple[str, str]]:
         size = sum(path.stat().st_size for path in result.directory.glob("*.safetensors"))
         told = _mebibytes(size) if result.dense_bytes is None else _gain(result.dense_bytes, size)
         yield "saved", f"{result.directory} ({told} of weights, verified)"
+        yield "report", str(result.directory / PAGE)
     if result.url is not None:
-        yield "pushed", result.url
+        yield "pushed", str(result.url)
+        yield "commit", f"{result.commit}, with every file as it is here"
 
 
 def show_verification(result: Verification) -> None:

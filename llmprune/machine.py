@@ -48,9 +48,12 @@ def device_named(written: str | None) -> torch.device:
     if written is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=written).device
+        device = torch.empty(0, device=written).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UserError(f"--device {written} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UserError("--device is one that computes, such as cpu or cuda:1; got meta, which holds shapes only.")
+    return device
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

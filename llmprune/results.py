@@ -5,9 +5,11 @@ They hold no tensors, so that they outlive the model, and become JSON by `datacl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["PrunedWeight", "SkippedWeight", "TunedPart"]
+__all__ = ["PrunedWeight", "SkippedWeight", "TunedPart", "percent_with_error", "recovery", "with_error"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,25 @@ class TunedPart:
     """The same after tuning: never more."""
     passes: int
     """How often the calibration windows were gone through."""
+
+
+def recovery(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> float | None:
+    """How much of the dense model is left, in per cent, from two rows of an evaluation that measure the same.
+
+    Of a perplexity dense / pruned, of a score pruned / dense. None where the divisor is zero: nothing to recover.
+    """
+    part, whole = float(pruned["value"]), float(dense["value"])
+    if dense.get("kind", "perplexity") == "perplexity":  # reports of schema 1 hold perplexities only, and no kind
+        part, whole = whole, part
+    return 100 * part / whole if whole else None
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A number and its standard error, for people: 16.13 ± 0.72, 1884 ± 220."""
+    told = "n/a" if error is None else f"{error:.2g}" if error < 99.5 else f"{round(error, -1):.0f}"
+    return f"{value:.4g} ± {told}"
+
+
+def percent_with_error(value: float, error: float | None) -> str:
+    """A fraction and its standard error in per cent, for people."""
+    return f"{100 * value:.2f} ± {'n/a' if error is None else f'{100 * error:.2f}'} %"

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llmprune.checkpoint.layout import digest, fingerprint
-from llmprune.checkpoint.report import command_line, tool_versions
+from llmprune.checkpoint.provenance import command_line, tool_versions
 from llmprune.config import PruneConfig
 from llmprune.data import Corpus, bos_token, calibration_windows, evaluation_windows, load_corpus
 from llmprune.errors import UserError

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint.report import cleaned
+from llmprune.checkpoint.provenance import cleaned
 from llmprune.config import EFFORTS, PruneConfig, from_mapping
 from llmprune.errors import UserError
 from llmprune.eval.perplexity import Perplexity

@@ -10,21 +10,21 @@ On a CPU each kernel's plain-torch twin is in its place, so that all else can be
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_rows import DENSE, OURS, TORCH, copies_for, kind
+from gpu_rows import DENSE, OURS, TORCH, kind
+from gpu_weights import DTYPE, Weight, copied
 from kernel_benchmarks import Case
 from torch import Tensor
 
-from llmprune.sparsity.pack import Packed, pack
-from llmprune.sparsity.pattern import NM, parse_pattern
+from llmprune.sparsity.pattern import parse_pattern
 from llmprune.triton_kernels import configs_24, configs_bitmap, configs_sell
 from llmprune.triton_kernels.decompress_24 import decompress_24, decompress_24_torch
 from llmprune.triton_kernels.decompress_bitmap import decompress_bitmap, decompress_bitmap_torch
+from llmprune.triton_kernels.decompress_sell import decompress_sell, decompress_sell_torch
 from llmprune.triton_kernels.matmul_24 import matmul_24, matmul_24_torch
 from llmprune.triton_kernels.matmul_bitmap import matmul_bitmap, matmul_bitmap_torch
 from llmprune.triton_kernels.matmul_sell import MOST_TOKENS_SELL, matmul_sell, matmul_sell_torch
@@ -32,65 +32,10 @@ from llmprune.triton_kernels.pack_24 import meta_24
 from llmprune.triton_kernels.pack_bitmap import pack_bitmap
 from llmprune.triton_kernels.pack_sell import pack_sell
 
-__all__ = ["CANDIDATES", "GpuCandidate", "Weight", "candidates_for"]
-
-DTYPE = torch.bfloat16
+__all__ = ["CANDIDATES", "GpuCandidate", "candidates_for", "poison_scratch"]
 
 MOST_TOKENS_24 = 256
 """Beyond, a product that reads the packed weight again and again cannot win against cuBLAS."""
-
-FEWEST_GROUP = 4
-"""Columns of a group in 2:4."""
-
-PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
-
-
-class Weight:
-    """A random weight (rows, columns) in bfloat16 with a pattern, on a device, and its forms.
-
-    Which entries are zero is drawn at random and not chosen by size, which makes no difference to time. At 2:4 each
-    group keeps one of the six pairs; else each entry is kept by itself, so that rows differ in length as those of
-    SparseGPT do.
-    """
-
-    def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
-        self.case = case
-        self.pattern = kind(case.pattern)
-        generator = torch.Generator(device).manual_seed(seed)
-        shape = (case.rows, case.columns)
-        self.dense = torch.empty(shape, dtype=DTYPE, device=device).normal_(generator=generator)
-        kept = kept_entries(shape, case.pattern, generator)
-        self.dense.masked_fill_(~kept, 0)
-        self._forms: dict[tuple[str, str], list[Any]] = {}
-
-    @cached_property
-    def packed(self) -> Packed:
-        """As on disk."""
-        return pack(self.dense, self.pattern)
-
-    def forms(self, way: GpuCandidate, config: str, cache: int) -> list[Any]:
-        """Copies of the form that a candidate reads, which together exceed the cache; kept until another one's."""
-        key = (way.form_name, way.form_key(config))
-        if key not in self._forms:
-            for other in [other for other in self._forms if other[0] == key[0]]:
-                del self._forms[other]
-            first = way.form(self, config)
-            count = copies_for(form_bytes(first), cache)
-            self._forms[key] = [first, *(way.another(self, config, first) for _ in range(count - 1))]
-        return self._forms[key]
-
-
-def kept_entries(shape: tuple[int, int], pattern: str, generator: torch.Generator) -> Tensor:
-    """bool (rows, columns), drawn at random."""
-    parsed, device = parse_pattern(pattern), generator.device
-    if isinstance(parsed, NM):
-        assert (parsed.n, parsed.m) == (2, FEWEST_GROUP), pattern
-        table = torch.zeros(len(PAIRS), FEWEST_GROUP, dtype=torch.bool)
-        for place, pair in enumerate(PAIRS):
-            table[place, list(pair)] = True
-        chosen = torch.randint(len(PAIRS), (shape[0], shape[1] // FEWEST_GROUP), generator=generator, device=device)
-        return table.to(device)[chosen].view(shape)
-    return torch.rand(shape, generator=generator, device=device) >= parsed.sparsity
 
 
 @dataclass(frozen=True)
@@ -122,30 +67,6 @@ class GpuCandidate:
         return copied(first) if self.copied else self.form(weight, config)
 
 
-def copied(form: Any) -> Any:
-    """The same tensors in other memory."""
-    if isinstance(form, Tensor):
-        return form.clone()
-    if is_dataclass(form) and not isinstance(form, type):
-        held = {field.name: getattr(form, field.name) for field in fields(form)}
-        return replace(form, **{name: copied(part) for name, part in held.items() if isinstance(part, Tensor)})
-    return tuple(copied(part) for part in form)
-
-
-def form_bytes(form: Any) -> int:
-    """Bytes of its tensors."""
-    if is_dataclass(form) and not isinstance(form, type):
-        return sum(form_bytes(getattr(form, field.name)) for field in fields(form) if _is_tensor(form, field.name))
-    if isinstance(form, Tensor):
-        packed = [getattr(form, name, None) for name in ("packed", "meta")]  # torch's own sparse tensors
-        return sum(part.nbytes for part in packed if part is not None) or int(form.nbytes)
-    return sum(form_bytes(part) for part in form)
-
-
-def _is_tensor(form: Any, name: str) -> bool:
-    return isinstance(getattr(form, name), Tensor)
-
-
 # Settings -------------------------------------------------------------------------------------------------------------
 
 
@@ -168,9 +89,17 @@ def _kernel_24(kernel: type[configs_24.Config24]) -> Callable[[Case, tuple[int, 
 def _sell(case: Case, capability: tuple[int, int] | None) -> list[str]:
     if case.tokens > MOST_TOKENS_SELL:
         return []
+    return [f"parts={parts},warps={warps}" for parts, warps in configs_sell.candidates_sell(*_sell_blocks(case))]
+
+
+def _parts_alone(case: Case, capability: tuple[int, int] | None) -> list[str]:
+    return [f"parts={configs_sell.default_parts(*_sell_blocks(case))}"]
+
+
+def _sell_blocks(case: Case) -> tuple[int, int]:
+    """(slices, blocks of one of them), about."""
     density = 1 - getattr(parse_pattern(case.pattern), "sparsity", 0.5)
-    slices, blocks = -(-case.rows // 32), max(1, -(-int(case.columns * density) // 8))
-    return [f"parts={parts},warps={warps}" for parts, warps in configs_sell.candidates_sell(slices, blocks)]
+    return -(-case.rows // 32), max(1, -(-int(case.columns * density) // 8))
 
 
 def _sell_parts(word: str) -> str:
@@ -271,8 +200,13 @@ def _scratch_24(x: Tensor, form: tuple[Tensor, ...], word: str) -> Tensor:
     return F.linear(x, decompress_24(values, index, out=out) if x.is_cuda else decompress_24_torch(values, index))
 
 
+def _scratch_sell(x: Tensor, form: Any, word: str) -> Tensor:
+    out = _scratch(*form.shape, x.device)
+    return F.linear(x, decompress_sell(form, out=out) if x.is_cuda else decompress_sell_torch(form))
+
+
 def _scratch_bitmap(x: Tensor, form: Any, word: str) -> Tensor:
-    out = _scratch(form.out_features, form.in_features, x.device)
+    out = _scratch(*form.shape, x.device)
     return F.linear(x, decompress_bitmap(form, out=out) if x.is_cuda else decompress_bitmap_torch(form))
 
 
@@ -297,6 +231,16 @@ CANDIDATES = [
     GpuCandidate("sell", OURS, ("any",), _sell, _as_sell, _product_sell, "sell", _sell_parts),
     GpuCandidate("bitmap", OURS, ("any",), _bitmap, _as_bitmap, _product_bitmap, "bitmap"),
     GpuCandidate("scratch+cuBLAS", OURS, ("any",), _one, _as_bitmap, _scratch_bitmap, "bitmap"),
+    GpuCandidate(
+        "sell scratch+cuBLAS",
+        OURS,
+        ("any",),
+        _parts_alone,
+        _as_sell,
+        _scratch_sell,
+        "sell for scratch",
+        _sell_parts,
+    ),
     GpuCandidate(
         "torch CUTLASS",
         TORCH,

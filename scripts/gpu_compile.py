@@ -17,8 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from gpu_candidates import CANDIDATES, DTYPE, Weight, candidates_for
+from gpu_candidates import CANDIDATES, candidates_for
 from gpu_rows import OURS, kind
+from gpu_weights import DTYPE, Weight
 from kernel_benchmarks import Case
 
 __all__ = ["compile_ahead", "jobs"]

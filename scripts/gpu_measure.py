@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from gpu_candidates import DTYPE, GpuCandidate, Weight, candidates_for, poison_scratch
+from gpu_candidates import GpuCandidate, candidates_for, poison_scratch
 from gpu_clock import Device, errors, laps, poisoned, repeats_for
 from gpu_rows import OURS, SAMPLED, Measured, Row, Tuned, memory_needed, nearest
+from gpu_weights import DTYPE, Weight
 from kernel_benchmarks import Case
 from torch import Tensor
 

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from gpu_candidates import kept_entries
 from gpu_clock import Device, laps
 from gpu_rows import Tuned
+from gpu_weights import kept_entries
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -249,10 +249,7 @@ def run_model(
 def _one_of_each(model: nn.Module) -> dict[tuple[int, int], SparseWeight]:
     from llmprune.runtime.placement import sparse_linears
 
-    return {
-        (m.out_features, m.in_features): SparseWeight(m.weight.data, m.weight_index, m.bias, m.pattern, m.in_features)
-        for m in sparse_linears(model).values()
-    }
+    return {(m.out_features, m.in_features): SparseWeight(m.packed(), m.bias) for m in sparse_linears(model).values()}
 
 
 def _tensor_bytes(model: nn.Module) -> int:

@@ -53,6 +53,7 @@ class Desk:
     def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "llmprune", *arguments]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+        environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # as a person has it: keeping bars away is our business
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=120, env=environment)
         assert done.returncode == code, done.stderr
         return done
@@ -105,6 +106,8 @@ def test_progress_goes_to_standard_error_and_the_result_to_standard_output(desk:
     assert "\x1b[" not in done.stderr + done.stdout  # no colours, no bars: this is no terminal
     for expected in ("perplexity", "dense", "pruned", "±", "50.00% of the pruned weights", "peak memory", "verified"):
         assert expected in done.stdout
+    for expected in ("KL from dense", "top-1 agreement", "recovery", "prompt  'The capital of France is'"):
+        assert expected in done.stdout
     assert "tokenised once" in " ".join(done.stdout.split())
     assert "as large and run as fast as the dense" in " ".join(done.stdout.split())
 
@@ -120,7 +123,9 @@ def test_json_is_the_report_and_quiet_is_silent(desk: Desk) -> None:
 
 
 def test_verify_passes_and_then_finds_a_changed_byte(desk: Desk, pruned: Path) -> None:
-    assert "is what its report says" in desk.run("verify", pruned.name).stdout
+    done = desk.run("verify", pruned.name)
+    assert "is what its report says" in done.stdout
+    assert done.stderr == ""
     copy = desk.folder / "spoilt"
     subprocess.run(["cp", "-r", str(pruned), str(copy)], check=True)
     shard = copy / "model.safetensors"
@@ -135,7 +140,8 @@ def test_verify_passes_and_then_finds_a_changed_byte(desk: Desk, pruned: Path) -
 def test_eval_prints_the_number_of_the_report(desk: Desk, pruned: Path) -> None:
     after = json.loads((pruned / "llmprune_report.json").read_text())["after"][0]
     arguments = ["--model", pruned.name, "--dataset", "text.txt", "--tokens", "256", "--seq-len", "32", "--json"]
-    assert json.loads(desk.run("eval", *arguments).stdout)["value"] == pytest.approx(after["value"], rel=1e-6)
+    [row] = json.loads(desk.run("eval", *arguments).stdout)["rows"]
+    assert row["value"] == pytest.approx(after["value"], rel=1e-6)
 
 
 def test_the_config_of_a_pruned_model_repeats_its_run(desk: Desk, pruned: Path) -> None:

@@ -56,8 +56,15 @@ def test_a_config_comes_back_from_json_as_it_was(settings: dict[str, Any]) -> No
 
 
 def test_an_evaluation_comes_back_from_json_as_it_was() -> None:
-    config = EvaluationConfig(("wikitext2", "c4"), eval_tokens=1000, eval_seq_len=128)
+    config = EvaluationConfig(("wikitext2", "c4"), eval_tokens=1000, eval_tasks="piqa", eval_data="d", eval_limit=3)  # type: ignore[arg-type]
     assert from_mapping(EvaluationConfig, json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_tasks_may_be_written_with_commas() -> None:
+    config = EvaluationConfig(eval_dataset=(), eval_tasks=("lambada,piqa", "hellaswag"))
+    assert config.eval_tasks == ("lambada", "piqa", "hellaswag")
+    assert config.asks_for_something
+    assert not EvaluationConfig(eval_dataset=()).asks_for_something
 
 
 def test_a_config_is_frozen_and_checked_again_when_replaced() -> None:
@@ -176,6 +183,8 @@ def test_what_cannot_be_meant_is_refused_at_once(settings: dict[str, Any], messa
 def test_what_cannot_be_measured_is_refused_at_once(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="is a whole number, at least 2; got"):
         EvaluationConfig(**settings)
+    with pytest.raises(UserError, match="eval_limit is a whole number, at least 1; got 0"):
+        EvaluationConfig(eval_limit=0)
 
 
 def test_an_unknown_setting_names_the_near_one_and_all() -> None:

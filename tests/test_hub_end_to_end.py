@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from llmprune.checkpoint.verify import verify
 from llmprune.errors import UserError
 from llmprune.model import load
 from tests.builders import tiny_model, tiny_tokenizer
@@ -36,8 +36,10 @@ pytestmark = pytest.mark.slow
 
 FIRST_LINE = "llmprune --model gpt2 --sparsity 2:4"
 SMALL = ["--num-samples", "4", "--seq-len", "32", "--eval-tokens", "256"]
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 BASE, DEFAULT = "openai-community/gpt2", "alice/gpt2-alps-2of4"
 LICENSE = b"Do what you like.\n"
+CARD = "---\nlicense: mit\nlanguage: en\ntags: [tiny]\n---\n\n# A tiny GPT-2\n"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def seed(server: LoopbackHub, folder: Path) -> None:
     """A base model with a second branch, whose weights have the other sign, and the two default data sets."""
     tiny_tokenizer().save_pretrained(folder)
     (folder / "LICENSE").write_bytes(LICENSE)
+    (folder / "README.md").write_text(CARD)
     model = tiny_model("gpt2")
     model.save_pretrained(folder)
     server.add(BASE, folder)
@@ -123,15 +126,6 @@ def assert_same_files(server: LoopbackHub, repo_id: str, directory: Path, *, oth
         assert tree[name].etag == own, name
 
 
-def the_error(done: subprocess.CompletedProcess[str]) -> str:
-    """What a quiet run says when it fails: one line, and nothing else anywhere."""
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("Error: ")
-    return lines[0]
-
-
 def test_the_first_line_of_the_readme(desk: Desk, pushed: subprocess.CompletedProcess[str], repository: Path) -> None:
     assert f"    {FIRST_LINE}\n" in (repository / "README.md").read_text(encoding="utf-8")
     for expected in ("perplexity", "wikitext2 test", "50.00% of the pruned weights", "verified", DEFAULT):
@@ -145,6 +139,29 @@ def test_the_first_line_of_the_readme(desk: Desk, pushed: subprocess.CompletedPr
     assert "/_cas/v2/shards" in paths(desk.hub)
     assert (saved / "LICENSE").read_bytes() == LICENSE
     assert not any(WRITE_TOKEN.encode() in path.read_bytes() for path in saved.iterdir())
+    assert f"commit       {desk.hub.repo(DEFAULT).refs['main']}, with every file as it is here" in pushed.stdout
+
+
+def test_the_card_of_the_pushed_model(desk: Desk, pushed: subprocess.CompletedProcess[str]) -> None:
+    """Made from what was measured, with what the base's card says, and of a kind that the client reads back."""
+    content = desk.hub.repo(DEFAULT).at("main")[1]["README.md"].content
+    assert content is not None
+    card, report = ModelCard(content.decode()), desk.report("gpt2-alps-2of4")
+    assert card.data.base_model == "gpt2"
+    assert card.data.license == "mit"
+    assert card.data.language == "en"
+    assert card.data.datasets == ["allenai/c4"]
+    assert card.data.tags == ["pruned", "sparse", "2:4", "alps", "llmprune"]
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == WIKITEXT
+    assert result.metric_value == round(report["after"][0]["value"], 4)
+    assert f'from_pretrained("{DEFAULT}")' in card.text
+    assert "--push-to-hub" in card.text
+    assert f"commit `{report['source']['revision']}`" in card.text
+    assert "The licence is the base model's: mit. Its licence files came along: `LICENSE`." in " ".join(
+        card.text.split()
+    )
+    assert str(desk.folder) not in card.content
 
 
 def test_the_report_names_the_commits_that_were_read(desk: Desk, pushed: subprocess.CompletedProcess[str]) -> None:
@@ -152,28 +169,42 @@ def test_the_report_names_the_commits_that_were_read(desk: Desk, pushed: subproc
     assert source["revision"] == desk.hub.repo(BASE).refs["main"]
     assert source["calibration"]["repo"] == "allenai/c4"
     assert source["calibration"]["revision"] == desk.hub.store.repos["dataset", "allenai/c4"].refs["main"]
-    weights = [path for path in paths(desk.hub) if path.endswith("/model.safetensors") and "/resolve/" in path]
+    weights = [path for path in paths(desk.hub) if path.startswith(f"/{BASE}/resolve/") and ".safetensors" in path]
     assert weights
     assert all(source["revision"] in path for path in weights)
 
 
 LOAD = """
 import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-pushed, saved = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in sys.argv[1:])
-assert pushed.keys() == saved.keys()
-assert all(torch.equal(pushed[name], saved[name]) and pushed[name].dtype == saved[name].dtype for name in saved)
-assert AutoTokenizer.from_pretrained(sys.argv[1])("a cat")["input_ids"] == [4, 30 + 10, 6, 4, 23]
-print(sum(int((tensor == 0).sum()) for tensor in pushed.values()))
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+def same(repo, directory):
+    pushed, saved = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in (repo, directory))
+    assert pushed.keys() == saved.keys()
+    assert all(torch.equal(pushed[name], saved[name]) and pushed[name].dtype == saved[name].dtype for name in saved)
+    assert AutoTokenizer.from_pretrained(repo)("a cat")["input_ids"] == [4, 30 + 10, 6, 4, 23]
+    print(sum(int((tensor == 0).sum()) for tensor in pushed.values()))
+
+public, private = sys.argv[1:3], sys.argv[3:]
+try:
+    AutoConfig.from_pretrained(private[0], token=False)
+except OSError as error:
+    print(type(error).__name__)
+same(*public)
+same(*private)
 """
 
 
-def test_the_pushed_model_loads_by_its_id_bit_for_bit(
-    desk: Desk, pushed: subprocess.CompletedProcess[str], tmp_path: Path
+def test_the_pushed_models_load_by_their_ids_bit_for_bit(
+    desk: Desk, pushed: subprocess.CompletedProcess[str], sharded: Path, tmp_path: Path
 ) -> None:
-    done = desk.run(sys.executable, "-c", LOAD, DEFAULT, "gpt2-alps-2of4", HF_HOME=str(tmp_path))
+    """The one in a public repository for everybody, the one in a private one with a token only."""
+    names = [DEFAULT, "gpt2-alps-2of4", "acme/stale", "sharded"]
+    refused, *zeros = desk.run(sys.executable, "-c", LOAD, *names, HF_HOME=str(tmp_path)).stdout.split()
+    assert refused == "OSError"
     tensors = load_file(desk.folder / "gpt2-alps-2of4" / "model.safetensors")
-    assert int(done.stdout) == sum(int((tensor == 0).sum()) for tensor in tensors.values()) > 10_000
+    assert int(zeros[0]) == sum(int((tensor == 0).sum()) for tensor in tensors.values()) > 10_000
+    assert int(zeros[1]) > 10_000
 
 
 def test_the_same_line_again_without_a_network(desk: Desk, pushed: subprocess.CompletedProcess[str]) -> None:
@@ -188,69 +219,33 @@ def test_the_same_line_again_without_a_network(desk: Desk, pushed: subprocess.Co
     assert (desk.folder / "offline" / "LICENSE").read_bytes() == LICENSE
 
 
-def test_a_branch_pushed_in_shards_over_stale_dense_weights(desk: Desk) -> None:
-    """By LFS. A `model.safetensors` left in the repository would be loaded in place of the shards, without a word."""
+@pytest.fixture(scope="module")
+def sharded(desk: Desk) -> Path:
+    """The base's other branch in shards, pushed by LFS into a private repository that holds dense weights."""
+    desk.hub.store.create("model", "acme/stale", private=True)
     stale = tiny_model("gpt2")
     stale.save_pretrained(desk.folder.parent / "stale")
     desk.hub.add("acme/stale", {"notes.txt": b"stays", "model.safetensors": b"", "pytorch_model.bin": b"\0"})
     desk.hub.add("acme/stale", desk.folder.parent / "stale")
-    commits, asked = len(desk.hub.repo("acme/stale").commits), len(desk.hub.requests)
     options = ["--no-eval", "--quiet", "--max-shard-size", "50KB", "--output-dir", "sharded"]
     branch = ["--model", BASE, "--revision", "negative", *SMALL]
     desk.llmprune(*branch, *options, "--push-to-hub", "acme/stale", HF_HUB_DISABLE_XET="1")
-    saved = desk.folder / "sharded"
-    assert len(list(saved.glob("model-*.safetensors"))) > 1
-    assert_same_files(desk.hub, "acme/stale", saved, others={"notes.txt"})
-    assert len(desk.hub.repo("acme/stale").commits) == commits + 1
-    sent = paths(desk.hub, asked)
+    return desk.folder / "sharded"
+
+
+def test_a_branch_pushed_in_shards_over_stale_dense_weights(desk: Desk, sharded: Path) -> None:
+    """A `model.safetensors` left in the repository would be loaded in place of the shards, without a word."""
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    assert_same_files(desk.hub, "acme/stale", sharded, others={"notes.txt"})
+    titles = [commit.title for commit in desk.hub.repo("acme/stale").commits.values()]
+    assert titles.count("Upload a model pruned with llmprune") == 1
+    sent = [path for path in paths(desk.hub) if "acme/stale" in path]
     assert any(path.endswith("/info/lfs/objects/batch") for path in sent)
-    assert not any(path.startswith("/_cas") for path in sent)
+    assert not any("xet-write-token" in path for path in sent)
     assert desk.report("sharded")["source"]["revision"] == desk.hub.repo(BASE).refs["negative"]
-    shards = [load_file(path) for path in saved.glob("model-*.safetensors")]
+    shards = [load_file(path) for path in sharded.glob("model-*.safetensors")]
     norm = next(shard["transformer.ln_f.weight"] for shard in shards if "transformer.ln_f.weight" in shard)
     assert (norm == -1).all()
-
-
-def test_a_push_that_is_cut_and_sent_again(desk: Desk) -> None:
-    """Into a private repository. What the error says to run is run as it stands.
-
-    The branch's weights, because Xet sends no chunk that it has sent before.
-    """
-    desk.hub.fault("/_cas/v1/xorbs/", after=1000, times=99)
-    arguments = ["--model", BASE, "--revision", "negative", *SMALL, "--no-eval", "--quiet", "--output-dir", "kept safe"]
-    done = desk.llmprune(*arguments, "--push-to-hub", "acme/secret", "--hub-private-repo", code=2)
-    saved, error = desk.folder / "kept safe", the_error(done)
-    assert error.startswith("Error: The push to acme/secret failed: ")
-    assert f"the model is safe in {saved}; send it again with `hf upload acme/secret " in error
-    assert desk.hub.files("acme/secret") == {".gitattributes"}
-    assert desk.hub.repo("acme/secret").private
-    assert verify(saved, reload=False).ok
-
-    desk.hub.faults.clear()
-    command = error.split("`")[1]
-    desk.run(*shlex.split(command))
-    assert_same_files(desk.hub, "acme/secret", saved, others=set())
-    assert desk.hub.repo("acme/secret").private
-
-
-@pytest.mark.parametrize(
-    ("token", "expected"),
-    [
-        (WRONG_TOKEN, "The Hub does not let you push: Invalid user token."),
-        (READ_TOKEN, "Your Hub token may only read, so nothing can be pushed: run `hf auth login`"),
-    ],
-    ids=["wrong", "read-only"],
-)
-def test_a_token_that_cannot_push_is_refused_before_the_model_is_loaded(
-    desk: Desk, token: str, expected: str, tmp_path: Path
-) -> None:
-    asked, elsewhere = len(desk.hub.requests), Desk(desk.hub, tmp_path)
-    arguments = [*shlex.split(FIRST_LINE)[1:], *SMALL, "--quiet", "--push-to-hub", "acme/refused"]
-    done = elsewhere.llmprune(*arguments, code=2, HF_TOKEN=token)
-    assert expected in the_error(done)
-    assert set(paths(desk.hub, asked)) <= {"/api/whoami-v2"}
-    assert list(tmp_path.iterdir()) == []
-    assert ("model", "acme/refused") not in desk.hub.store.repos
 
 
 def test_a_directory_has_no_revision(tmp_path: Path) -> None:

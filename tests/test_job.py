@@ -63,6 +63,8 @@ def test_seeds_choose_other_windows() -> None:
         ({"dataset": IDS, "eval_dataset": ["wikitext2"]}, "needs the model's tokenizer"),
         ({"dataset": IDS, "sparsty": "2:4"}, "did you mean 'sparsity'"),
         ({"dataset": IDS, "push_to_hub": ""}, "give output_dir too"),
+        ({"dataset": IDS, "hub_create_pr": True}, "are about a push: give push_to_hub too"),
+        ({"dataset": IDS, "push_to_hub": "m", "hub_revision": "v1", "hub_create_pr": True}, "not both"),
         ({"dataset": IDS.float()}, "integer"),
         ({"dataset": IDS[0]}, "shape"),
     ],

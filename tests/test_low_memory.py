@@ -32,8 +32,8 @@ def source(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Pat
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """All but the report and the configuration, which name the output and the time."""
-    others = ("llmprune_report.json", "config.json")
+    """All but the report, its page, the card and the configuration, which name the output and the time."""
+    others = ("llmprune_report.json", "report.html", "README.md", "config.json")
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in others}
 
 
@@ -77,6 +77,9 @@ def test_it_is_evaluated_without_the_whole_model_in_memory(tmp_path: Path) -> No
     ]
     for one, other in zip(reports[0].before + reports[0].after, reports[1].before + reports[1].after, strict=True):
         assert one["value"] == pytest.approx(other["value"], rel=1e-5)
+    moved = [report.after[0]["divergence"]["kl"] for report in reports]
+    assert moved[0] == pytest.approx(moved[1], rel=1e-4)
+    assert moved[0] > 1e-4
 
 
 @pytest.mark.parametrize("settings", [WANDA, {"tune": 1, "effort": "balanced"}])

@@ -142,7 +142,13 @@ def test_wheel_holds_one_package_and_every_module(wheel: Path) -> None:
         f"{place}/{path.relative_to(ROOT / top)}" for top, place in TOPS.items() for path in (ROOT / top).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == modules
-    assert {"llmprune/py.typed", "llmprune/runtime/cpu_kernel.cpp", "llmprune/runtime/cpu_rows.h"} <= set(names)
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "llmprune" / "runtime").glob("cpu_*.[ch]*")}
+    assert {"llmprune/py.typed", *sources} <= set(names)
+    assert "llmprune/checkpoint/card.md.jinja" in names
+    room = ROOT / "llmprune" / "report"
+    pages = {str(path.relative_to(ROOT)) for path in [*room.glob("*.json"), *room.glob("templates/*")]}
+    assert len(pages) > 5
+    assert pages <= set(names)
 
 
 def test_command_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
@@ -165,7 +171,8 @@ def test_every_module_imports_from_the_wheel(installed: Path, tmp_path: Path) ->
 
 
 def test_dependencies_are_what_the_code_imports(project: dict[str, Any]) -> None:
-    declared = {canonicalize_name(Requirement(line).name) for line in project["project"]["dependencies"]}
+    lines = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["eval"]]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
     imported = set()
     for path in [*(ROOT / "llmprune").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -2,69 +2,43 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
 
 
 @pytest.fixture(scope="module")
-def stories(shared: Path) -> LlamaForCausalLM:
-    """karpathy's stories260K: a trained Llama of five layers, read from llama2.c's format."""
-    raw = (shared / "models/stories260K/stories260K.bin").read_bytes()
-    dim, hidden, layers, heads, kv_heads, vocab, _ = torch.frombuffer(bytearray(raw[:28]), dtype=torch.int32).tolist()
-    values = torch.frombuffer(bytearray(raw[28:]), dtype=torch.float32)
-    taken = 0
+def directory(shared: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """karpathy's stories260K: a trained Llama of five layers, made from llama2.c's format."""
+    source, target = shared / "models/stories260K", tmp_path_factory.mktemp("real") / "stories260K"
+    script = [sys.executable, str(repository / "scripts/import_llama2c")]
+    subprocess.run([*script, source / "stories260K.bin", source / "tok512.bin", target], check=True)
+    return target
 
-    def take(*shape: int) -> Tensor:
-        nonlocal taken
-        count = torch.Size(shape).numel()
-        taken += count
-        return values[taken - count : taken].view(shape).clone()
 
-    kv = dim // heads * kv_heads
-    embedding, norm1 = take(vocab, dim), take(layers, dim)
-    q, k, v, o = take(layers, dim, dim), take(layers, kv, dim), take(layers, kv, dim), take(layers, dim, dim)
-    norm2, gate, down, up = (
-        take(layers, dim),
-        take(layers, hidden, dim),
-        take(layers, dim, hidden),
-        take(layers, hidden, dim),
+@pytest.fixture(scope="module")
+def stories(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+@pytest.mark.real
+def test_the_imported_model_tells_the_story_that_it_is_known_for(directory: Path, stories: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    start = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    story = tokenizer.decode(stories.generate(start, max_new_tokens=30, do_sample=False)[0], skip_special_tokens=True)
+    assert story.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the par"
     )
-    state: dict[str, Tensor] = {"model.embed_tokens.weight": embedding, "model.norm.weight": take(dim)}
-    for i in range(layers):
-        here = f"model.layers.{i}."
-        state[f"{here}input_layernorm.weight"], state[f"{here}post_attention_layernorm.weight"] = norm1[i], norm2[i]
-        state[f"{here}self_attn.q_proj.weight"] = _halves(q[i], heads)
-        state[f"{here}self_attn.k_proj.weight"] = _halves(k[i], kv_heads)
-        state[f"{here}self_attn.v_proj.weight"], state[f"{here}self_attn.o_proj.weight"] = v[i], o[i]
-        for name, matrix in (("gate", gate), ("down", down), ("up", up)):
-            state[f"{here}mlp.{name}_proj.weight"] = matrix[i]
-    config = LlamaConfig(
-        hidden_size=dim,
-        intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocab,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.load_state_dict(state, strict=False)
-    return model
-
-
-def _halves(weight: Tensor, heads: int) -> Tensor:
-    """Rotary pairs lie side by side in llama2.c, and in two halves of a head in transformers."""
-    pairs = weight.unflatten(0, (heads, -1, 2))
-    return pairs.transpose(1, 2).reshape(weight.shape)
+    text = "Hé, Zoë said: «ok»\n"
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
 def written_by(model: Any, seed: int, windows: int, length: int = 128) -> Tensor:

@@ -271,8 +271,9 @@ def test_torch_finds_the_operators_well_formed(pattern: str) -> None:
     values, index, starts = weight.packed.values, weight.packed.index, weight.starts
     assert cpu.available()
     ops = torch.ops.llmprune
-    torch.library.opcheck(ops.cpu_matmul.default, (_x(2, 68), values, index, starts, torch.ones(5), 68))
-    torch.library.opcheck(ops.cpu_expand.default, (values, index, starts, 68, torch.empty(5, 68)))
+    inputs = {"in_features": 68}
+    torch.library.opcheck(ops.cpu_matmul.default, (_x(2, 68), values, index, starts, torch.ones(5)), inputs)
+    torch.library.opcheck(ops.cpu_expand.default, (values, index, starts, torch.empty(5, 68)), inputs)
 
 
 def test_a_compiled_function_runs_the_kernel() -> None:

@@ -330,6 +330,26 @@ def test_no_gradient_is_wanted_by_a_loaded_model(pair_of: Callable[..., Pair]) -
         model(inputs_embeds=torch.zeros(1, 3, 32, requires_grad=True))
 
 
+@pytest.mark.parametrize("as_tuple", [False, True], ids=["named", "tuple"])
+def test_a_backward_pass_is_refused_in_words(as_tuple: bool, pair_of: Callable[..., Pair]) -> None:
+    model = load(pair_of("llama").packed)
+    loss, scores = model(IDS, labels=IDS, return_dict=not as_tuple, use_cache=False)[:2]
+    for found in (loss, scores):
+        with pytest.raises(UserError, match=r"computes no gradients; got a backward pass\. Train the dense model"):
+            found.sum().backward()
+    with torch.no_grad():
+        assert not model(IDS).logits.requires_grad
+
+
+def test_a_model_that_is_made_dense_can_be_trained(pair_of: Callable[..., Pair]) -> None:
+    model = load(pair_of("llama").packed)
+    model.dequantize()
+    model(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.requires_grad_(False)
+    assert not model(IDS).logits.requires_grad
+
+
 def test_compiled_models_compute_the_same(pair_of: Callable[..., Pair]) -> None:
     model = load(pair_of("llama").packed)
     expected = logits(model)

@@ -37,7 +37,7 @@ def packed_weight(pattern: str, *, rows: int = 32, inputs: int = 128) -> tuple[S
     dense = sparse_weight(rows, inputs, pattern=pattern, dtype=torch.bfloat16)
     packed = pack(dense, pattern)
     bias = BIAS[:rows].bfloat16()
-    return SparseWeight(packed.values, packed.index, bias, pattern, inputs), dense
+    return SparseWeight(packed, bias), dense
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_every_timed_way_on_a_gpu_is_right() -> None:
     for pattern in ("2:4", "any"):
         dense = sparse_weight(256, 512, pattern=pattern, dtype=torch.bfloat16)
         packed = pack(dense.cuda(), pattern)
-        weight = SparseWeight(packed.values, packed.index, None, pattern, 512)
+        weight = SparseWeight(packed, None)
         for tokens in (1, 16, 64):
             x = torch.randn(tokens, 512, device="cuda").bfloat16()
             expected = F.linear(x.double(), dense.cuda().double())

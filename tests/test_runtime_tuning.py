@@ -34,7 +34,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def weight() -> SparseWeight:
     packed = pack(sparse_weight(16, 64, pattern="2:4"), "2:4")
-    return SparseWeight(packed.values, packed.index, None, "2:4", 64)
+    return SparseWeight(packed, None)
 
 
 def store(weight: SparseWeight, times: dict[str, dict[str, float]], *, may_hold: bool = False) -> None:
@@ -68,7 +68,7 @@ def test_dense_is_held_only_where_that_was_allowed(weight: SparseWeight) -> None
 
 def test_what_was_known_of_other_weights_stays(weight: SparseWeight) -> None:
     packed = pack(sparse_weight(8, 64, pattern="2:4"), "2:4")
-    other = SparseWeight(packed.values, packed.index, None, "2:4", 64)
+    other = SparseWeight(packed, None)
     store(weight, {"1": {"expand": 1.0}})
     store(other, {"1": {"kernel": 1.0}})
     assert timing.measured(weight, 1) == {"expand": 1.0}

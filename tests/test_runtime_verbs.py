@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llmprune.cli import main, root
 from llmprune.errors import UserError
-from llmprune.runtime import peak, timing
+from llmprune.runtime import peak, timing, tune
 from llmprune.runtime.bench import bench
 from llmprune.runtime.opening import Wanted, open_model
 from tests.builders import tiny_tokenizer
@@ -61,6 +61,7 @@ def test_generate_draws_the_same_with_the_same_seed(pair: Pair) -> None:
         (["generate", "{packed}", "--prompt", "abcd", "--max-new-tokens", "61"], "takes 64 tokens; got a prompt of 4"),
         (["generate", "{packed}", "--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["generate", "{packed}", "--prompt", "a", "--dtype", "int4"], "--dtype is one of"),
+        (["generate", "{packed}", "--prompt", "a", "--device", "meta"], "got meta, which holds shapes only"),
         (["generate", "{nowhere}", "--prompt", "a"], "cannot be loaded"),
         (["generate", "{mute}", "--prompt", "a"], "needs a tokenizer"),
     ],
@@ -169,6 +170,21 @@ def test_tune_tells_what_it_chose_and_where_it_is_kept(
     assert "1024 tokens" in done.stdout
     assert str(tmp_path / "timings.json") in done.stderr
     assert (tmp_path / "timings.json").exists()
+
+
+def test_tune_tells_a_program_or_nobody(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "timings_file", lambda device: tmp_path / "timings.json")
+    monkeypatch.setattr(tune, "TOKENS", {"cpu": (1,)})
+    timing.forget()
+    as_json = run("tune", pair.packed, "--seconds", 0, "--device", "cpu", "--json")
+    silent = run("tune", pair.packed, "--seconds", 0, "--device", "cpu", "--quiet")
+    timing.forget()
+    told = json.loads(as_json.stdout)
+    kept = json.loads((tmp_path / "timings.json").read_text())["microseconds"]
+    assert told["file"] == str(tmp_path / "timings.json")
+    assert {weight["kind"] for weight in told["weights"]} == set(kept)
+    assert all(weight["chosen"]["1"] in weight["microseconds"]["1"] for weight in told["weights"])
+    assert as_json.stderr + silent.output == ""
 
 
 def test_verbs_are_listed_without_loading_torch() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import llmprune
 from llmprune.checkpoint.verify import verify
 from llmprune.config import PruneConfig
-from llmprune.pipeline import prune_layers
+from llmprune.pipeline import Watcher, prune_layers
 from llmprune.pipeline.distill import Predictions, distill, divergence, predictions
 from llmprune.results import PrunedWeight
 from tests.builders import tiny_model, tiny_tokenizer
@@ -104,6 +104,22 @@ def test_distillation_brings_the_predictions_nearer_and_keeps_the_pattern(family
         rows = weight if row.input_axis == 1 else weight.T
         assert ((rows.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
         assert int((weight == 0).sum()) == row.zeros
+
+
+def test_distillation_tells_how_far_it_is() -> None:
+    told: list[tuple[int, int]] = []
+
+    class Listening(Watcher):
+        def distilled(self, done: int, total: int) -> None:
+            told.append((done, total))
+
+    model = spread(tiny_model("llama"))
+    result = prune_layers(model, IDS, PruneConfig(method="wanda", distill=2), device=CPU, watcher=Listening())
+    (part,) = result.tuned
+    total = told[0][1]
+    assert told == [(done, total) for done in range(1, len(told) + 1)]
+    assert total == 2 * (len(IDS) - 1)
+    assert len(told) == part.passes * total // 2
 
 
 def test_distillation_changes_nothing_else() -> None:

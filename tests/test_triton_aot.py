@@ -21,8 +21,8 @@ from llmprune.triton_kernels._matmul_24_gemv_kernel import gemv_24_kernel
 from llmprune.triton_kernels._matmul_24_mma_kernel import mma_24_kernel, mma_asm
 from llmprune.triton_kernels.configs_24 import ExpandDot, Gemv, Mma
 from llmprune.triton_kernels.testing.aot import Assembly, compile_kernel
+from tests.triton.launched import SLACK, constants
 
-SLACK = 1.1
 NEWEST = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 OTHER_GPUS = (86, 89, 100, 120) if NEWEST else (86, 89)
 BF16 = torch.bfloat16
@@ -32,21 +32,10 @@ def mma(config: Mma, capability: int, *, dtype: torch.dtype = BF16) -> Assembly:
     """The sparse-tensor-core kernel as it is launched for 16-divisible N."""
     word = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     signature = {"x_ptr": "*i32", "values_ptr": "*i32", "meta_ptr": "*i32", "bias_ptr": word, "y_ptr": word}
-    constants = {
-        "K": 4096,
-        "WARPS": config.warps,
-        "ROW_TILES": config.row_tiles,
-        "TOKEN_TILES": config.token_tiles,
-        "UNROLL": config.unroll,
-        "EVEN": True,
-        "ORDERED": config.ordered,
-        "HAS_BIAS": True,
-        "ASM": mma_asm(dtype),
-    }
     return compile_kernel(
         mma_24_kernel,
         {**signature, "M": "i32", "N": "i32", "rounds": "i32"},
-        constants,
+        constants(mma_24_kernel, config, K=4096, EVEN=True, ASM=mma_asm(dtype)),
         capability=capability,
         warps=config.warps,
         aligned=[*signature, "N"],
@@ -57,21 +46,11 @@ def gemv(config: Gemv, capability: int, *, K: int = 4096, dtype: torch.dtype = B
     """The kernel without tensor cores."""
     word = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     signature = {"x_ptr": "*i64", "values_ptr": "*i32", "index_ptr": "*i16", "bias_ptr": word, "y_ptr": word}
-    constants = {
-        "K": K,
-        "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
-        "ROWS": config.rows,
-        "CHUNKS": config.chunks,
-        "TOKENS": config.tokens,
-        "UNROLL": config.unroll,
-        "PARTS": config.parts,
-        "HAS_BIAS": True,
-        "PTX": True,
-    }
+    kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
     return compile_kernel(
         gemv_24_kernel,
         {**signature, "M": "i32", "N": "i32"},
-        constants,
+        constants(gemv_24_kernel, config, K=K, DTYPE=kind, CHUNKS=config.chunks),
         capability=capability,
         warps=config.warps,
         aligned=[*signature, "N"],
@@ -81,20 +60,10 @@ def gemv(config: Gemv, capability: int, *, K: int = 4096, dtype: torch.dtype = B
 def expand_dot(config: ExpandDot, capability: int) -> Assembly:
     """The kernel on dense tensor cores."""
     signature = {"x_ptr": "*bf16", "values_ptr": "*i32", "index_ptr": "*i16", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
-    constants = {
-        "K": 4096,
-        "ROWS": config.rows,
-        "TOKENS": config.tokens,
-        "INPUTS": config.inputs,
-        "PARTS": config.parts,
-        "STAGES": config.stages,
-        "HAS_BIAS": True,
-        "PTX": True,
-    }
     return compile_kernel(
         expand_dot_24_kernel,
         {**signature, "M": "i32", "N": "i32"},
-        constants,
+        constants(expand_dot_24_kernel, config, K=4096),
         capability=capability,
         warps=config.warps,
         stages=config.stages,

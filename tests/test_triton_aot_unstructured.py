@@ -19,8 +19,8 @@ from llmprune.triton_kernels._matmul_bitmap_kernel import matmul_bitmap_kernel
 from llmprune.triton_kernels._matmul_sell_kernel import matmul_sell_kernel
 from llmprune.triton_kernels.configs_bitmap import BitmapDot
 from llmprune.triton_kernels.testing.aot import Assembly, compile_kernel
+from tests.triton.launched import SLACK, constants
 
-SLACK = 1.1
 CAPABILITIES = pytest.mark.parametrize("capability", [80, 90])
 
 SELL = {"words_ptr": "*i32", "starts_ptr": "*i16", "slice_blocks_ptr": "*i32", "row_order_ptr": "*i32"}
@@ -32,34 +32,24 @@ def sell(capability: int, *, tokens: int = 1, warps: int = 8, dtype: tl.dtype = 
     word = {1: "*i16", 2: "*i32", 3: "*i64", 4: "*i64"}[tokens]
     half = "*bf16" if dtype == tl.bfloat16 else "*fp16"
     signature = {"x_ptr": word, **SELL, "bias_ptr": half, "out_ptr": half, "rows": "i32"}
-    constants = {"PARTS": warps, "WARPS": warps, "TOKENS": tokens, "DTYPE": dtype, "HAS_BIAS": True, "PTX": True}
-    return compile_kernel(matmul_sell_kernel, signature, constants, capability=capability, warps=warps)
+    settings = {"PARTS": warps, "WARPS": warps, "TOKENS": tokens, "DTYPE": dtype, "HAS_BIAS": True, "PTX": True}
+    return compile_kernel(matmul_sell_kernel, signature, settings, capability=capability, warps=warps)
 
 
 def bitmap(capability: int, config: BitmapDot) -> Assembly:
     """The product as it is launched for 4096 inputs, with one program for each tile."""
     half = "*bf16"
     signature = {"x_ptr": half, "words_ptr": "*i32", **BITMAP, "bias_ptr": half, "y_ptr": half, "M": "i32", "N": "i32"}
-    constants = {
-        "K": 4096,
-        "WORDS": 128,
-        "ROWS": config.rows,
-        "TOKENS": config.tokens,
-        "INPUTS": config.inputs,
-        "PARTS": config.parts,
-        "STAGES": config.stages,
-        "HAS_BIAS": True,
-        "PTX": True,
-    }
-    return compile_kernel(matmul_bitmap_kernel, signature, constants, capability=capability, warps=config.warps)
+    settings = constants(matmul_bitmap_kernel, config, K=4096, WORDS=128)
+    return compile_kernel(matmul_bitmap_kernel, signature, settings, capability=capability, warps=config.warps)
 
 
 def decompress(capability: int, word: str) -> Assembly:
     """The decompression as it is launched for 4096 inputs."""
     signature = {"values_ptr": word, **BITMAP, "dense_ptr": word, "N": "i32", "K": "i32"}
-    constants = {"WORDS": 128, "ROWS": ROWS, "COLUMNS": COLUMNS, "PTX": True}
+    settings = {"WORDS": 128, "ROWS": ROWS, "COLUMNS": COLUMNS, "PTX": True}
     aligned = [*(name for name in signature if name.endswith("_ptr")), "K"]
-    return compile_kernel(decompress_bitmap_kernel, signature, constants, capability=capability, aligned=aligned)
+    return compile_kernel(decompress_bitmap_kernel, signature, settings, capability=capability, aligned=aligned)
 
 
 @CAPABILITIES
@@ -83,8 +73,8 @@ def test_sell_in_float16_costs_about_as_much(capability: int) -> None:
 @CAPABILITIES
 def test_sell_is_written_out_without_spilling(capability: int) -> None:
     signature = {**SELL, "dense_ptr": "*i16", "rows": "i32", "columns": "i32"}
-    constants = {"PARTS": 8, "WARPS": 8, "PTX": True}
-    kernel = compile_kernel(decompress_sell_kernel, signature, constants, capability=capability, warps=8)
+    settings = {"PARTS": 8, "WARPS": 8, "PTX": True}
+    kernel = compile_kernel(decompress_sell_kernel, signature, settings, capability=capability, warps=8)
     assert kernel.spilled_bytes == 0
     assert kernel.count("BAR") == 0
     assert len(kernel.loop) / 8 <= 9.0 * SLACK

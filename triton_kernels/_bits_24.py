@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["expand_24", "pick_24", "permute_bytes", "unpack_pair"]
+__all__ = ["expand_24", "halves", "pick_24", "permute_bytes", "unpack_pair"]
 
 
 def _table(bytes_of: dict[int, int], default: int) -> tuple[tl.constexpr, tl.constexpr]:
@@ -104,10 +104,16 @@ def pick_24(bits: tl.tensor, ptx: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def unpack_pair(words: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+def halves(words: tl.tensor, dtype: tl.constexpr) -> tl.tuple:
+    """The two 16-bit floats in a word, the lower half first; bits are moved, not converted."""
+    return words.to(tl.int16).to(dtype, bitcast=True), (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def unpack_pair(words: tl.tensor, dtype: tl.constexpr) -> tl.tuple:
     """Two 16-bit floats in a word (bfloat16 or float16) → two float32 tensors, the lower half's first."""
     if dtype == tl.bfloat16:
         # A bfloat16 is the upper half of a float32.
         return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
-    low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return low, (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    low, high = halves(words, dtype)
+    return low.to(tl.float32), high.to(tl.float32)

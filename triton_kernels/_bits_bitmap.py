@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from llmprune.triton_kernels._bits_24 import permute_bytes
+from llmprune.triton_kernels._bits_24 import halves, permute_bytes
 
 __all__ = ["dense_tile", "dense_tile_16", "load_bytes"]
 
@@ -143,8 +143,7 @@ def _load_eight(words_ptr: tl.tensor, at: tl.tensor, ptx: tl.constexpr) -> tl.tu
 @triton.jit
 def _pair(word: tl.tensor, selector: tl.tensor, DTYPE: tl.constexpr, ptx: tl.constexpr) -> tl.tuple:
     """Two columns, out of the word that begins with the next value."""
-    both = permute_bytes(word, 0, selector, ptx)
-    return both.to(tl.int16).to(DTYPE, bitcast=True), (both >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return halves(permute_bytes(word, 0, selector, ptx), DTYPE)
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """y = x · Wᵀ for a 2:4 weight on dense tensor cores: a tile of the weight is expanded in registers, then multiplied.
 
-It reads the packed bytes only, and works wherever Triton's `tl.dot` does. The expanded tile is the left operand
-(yᵀ = W · xᵀ): on an H100 that is the form which takes the fast path, and Triton 3.6 cannot compile the other one there.
+It reads the packed bytes only, and works wherever Triton's `tl.dot` does.
 """
 
 from __future__ import annotations
@@ -11,19 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmprune.triton_kernels._bits_24 import expand_24
+from llmprune.triton_kernels._bits_24 import expand_24, halves
 from llmprune.triton_kernels._launch import OPTIONS, PTX, aligned, as_words, blocks, on_device
-from llmprune.triton_kernels._sum_parts_kernel import sum_parts
+from llmprune.triton_kernels._sum_parts_kernel import Sums
+from llmprune.triton_kernels._tiles import multiply_tile, store_tile
 from llmprune.triton_kernels.configs_24 import ExpandDot
 
-__all__ = ["expand_dot_24", "expand_dot_24_kernel"]
-
-
-@triton.jit
-def _halves(words: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """The two 16-bit floats of each word, lower half first; bits are moved, not converted."""
-    low = words.to(tl.int16).to(dtype, bitcast=True)
-    return low, (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+__all__ = ["expand_dot_24_kernel", "launch_expand_dot_24"]
 
 
 @triton.jit
@@ -32,8 +25,8 @@ def _dense_tile(
 ) -> tl.tensor:
     """kept (ROWS, INPUTS/16, 4) int32 and bits (ROWS, INPUTS/16, 1) int16 → (ROWS, INPUTS) of `dtype`."""
     even, odd = expand_24(kept, bits, PTX)
-    column0, column1 = _halves(even, dtype)
-    column2, column3 = _halves(odd, dtype)
+    column0, column1 = halves(even, dtype)
+    column2, column3 = halves(odd, dtype)
     # join adds a last axis, so the inner pairs must hold what lies two columns apart.
     return tl.reshape(tl.join(tl.join(column0, column2), tl.join(column1, column3)), [ROWS, INPUTS])
 
@@ -80,29 +73,21 @@ def expand_dot_24_kernel(
         x_ok = token_ok[:, None] & (inputs < K)[None, :]
         x = tl.load(x_ptr + tokens[:, None] * K + inputs[None, :], mask=x_ok, other=0.0)
         weight = _dense_tile(kept, bits, x_ptr.dtype.element_ty, ROWS, INPUTS, PTX)
-        if not PTX:  # the interpreter multiplies bfloat16 as if it were an integer
-            weight = weight.to(tl.float32)
-            x = x.to(tl.float32)
-        total = tl.dot(weight, tl.trans(x), total)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-    y_at = (part * M + tokens)[None, :] * N + rows[:, None]
-    tl.store(y_ptr + y_at, total.to(y_ptr.dtype.element_ty), mask=token_ok[None, :] & row_ok[:, None])
+        total = multiply_tile(weight, x, total, PTX)
+    store_tile(total, rows, tokens, part, bias_ptr, y_ptr, M, N, HAS_BIAS)
 
 
-def expand_dot_24(x: Tensor, values: Tensor, index: Tensor, *, bias: Tensor | None, config: ExpandDot) -> Tensor:
+def launch_expand_dot_24(x: Tensor, values: Tensor, index: Tensor, *, bias: Tensor | None, config: ExpandDot) -> Tensor:
     """Launch it. x (M, K), values (N, K/2), index (N, K/8), bias (N,) → (M, N) in x's dtype."""
     M, N, K = len(x), len(values), x.shape[1]
-    y = x.new_empty(M, N)
-    split = config.parts > 1
-    out = x.new_empty(config.parts, M, N, dtype=torch.float32) if split else y
+    sums = Sums(x, N, bias=bias, parts=config.parts)
     with on_device(x):
         expand_dot_24_kernel[(blocks(N, config.rows), config.parts, blocks(M, config.tokens))](
             aligned(x),
             as_words(values, torch.int32),
             as_words(index, torch.int16),
-            out if bias is None else bias,
-            out,
+            sums.bias,
+            sums.out,
             M,
             N,
             K=K,
@@ -111,9 +96,9 @@ def expand_dot_24(x: Tensor, values: Tensor, index: Tensor, *, bias: Tensor | No
             INPUTS=config.inputs,
             PARTS=config.parts,
             STAGES=config.stages,
-            HAS_BIAS=bias is not None and not split,
+            HAS_BIAS=sums.has_bias,
             PTX=PTX,
             num_warps=config.warps,
             **OPTIONS,
         )
-    return sum_parts(out, bias, y) if split else y
+    return sums.total()

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from llmprune.triton_kernels._bits_24 import permute_bytes, pick_24, unpack_pair
 from llmprune.triton_kernels._launch import OPTIONS, PTX, as_words, blocks, on_device
-from llmprune.triton_kernels._sum_parts_kernel import sum_parts
+from llmprune.triton_kernels._sum_parts_kernel import Sums
 from llmprune.triton_kernels.configs_24 import Gemv
 
-__all__ = ["gemv_24", "gemv_24_kernel"]
+__all__ = ["gemv_24_kernel", "launch_gemv_24"]
 
 
 @triton.jit
@@ -113,19 +113,17 @@ def gemv_24_kernel(
         tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=row < rows_stored)
 
 
-def gemv_24(x: Tensor, values: Tensor, index: Tensor, *, bias: Tensor | None, config: Gemv) -> Tensor:
+def launch_gemv_24(x: Tensor, values: Tensor, index: Tensor, *, bias: Tensor | None, config: Gemv) -> Tensor:
     """Launch it. x (M, K), values (N, K/2), index (N, K/8), bias (N,) → (M, N) in x's dtype."""
     M, N, K = len(x), len(values), x.shape[1]
-    y = x.new_empty(M, N)
-    split = config.parts > 1
-    out = x.new_empty(config.parts, M, N, dtype=torch.float32) if split else y
+    sums = Sums(x, N, bias=bias, parts=config.parts)
     with on_device(x):
         gemv_24_kernel[(blocks(N, config.rows), config.parts, blocks(M, config.tokens))](
             as_words(x, torch.int64),
             as_words(values, torch.int32),
             as_words(index, torch.int16),
-            out if bias is None else bias,
-            out,
+            sums.bias,
+            sums.out,
             M,
             N,
             K=K,
@@ -135,9 +133,9 @@ def gemv_24(x: Tensor, values: Tensor, index: Tensor, *, bias: Tensor | None, co
             TOKENS=config.tokens,
             UNROLL=config.unroll,
             PARTS=config.parts,
-            HAS_BIAS=bias is not None and not split,
+            HAS_BIAS=sums.has_bias,
             PTX=PTX,
             num_warps=config.warps,
             **OPTIONS,
         )
-    return sum_parts(out, bias, y) if split else y
+    return sums.total()

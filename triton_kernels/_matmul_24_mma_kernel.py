@@ -30,10 +30,10 @@ from triton.experimental.gluon import language as gl
 
 from llmprune.triton_kernels._launch import OPTIONS, aligned, as_words, blocks, on_device
 from llmprune.triton_kernels._order_tokens_kernel import order_tokens
-from llmprune.triton_kernels._sum_parts_kernel import sum_parts
+from llmprune.triton_kernels._sum_parts_kernel import Sums
 from llmprune.triton_kernels.configs_24 import Mma
 
-__all__ = ["mma_24", "mma_24_kernel", "mma_asm"]
+__all__ = ["launch_mma_24", "mma_24_kernel", "mma_asm"]
 
 CONSTRAINTS = gl.constexpr("=&f,=&f,=&f,=&f," + "r," * 20 + "0,1,2,3")
 """Four results; rows g, rows g + 8, x twice and the index, of four registers each; and what the results begin with."""
@@ -198,12 +198,10 @@ def _store(
     gl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=token < M)
 
 
-def mma_24(x: Tensor, values: Tensor, meta: Tensor, *, bias: Tensor | None, config: Mma) -> Tensor:
+def launch_mma_24(x: Tensor, values: Tensor, meta: Tensor, *, bias: Tensor | None, config: Mma) -> Tensor:
     """Launch it. x (M, K), values (N, K/2), meta (N/16, K/64, 32), bias (N,) → (M, N) in x's dtype."""
     M, N, K = len(x), len(values), x.shape[1]
-    y = x.new_empty(M, N)
-    split = config.parts > 1
-    out = x.new_empty(config.parts, M, N, dtype=torch.float32) if split else y
+    sums = Sums(x, N, bias=bias, parts=config.parts)
     token_blocks = blocks(M, 8 * config.token_tiles)
     words = order_tokens(x, token_blocks * config.token_tiles) if config.ordered else as_words(x, torch.int32)
     share = config.warps * config.unroll * config.parts
@@ -213,8 +211,8 @@ def mma_24(x: Tensor, values: Tensor, meta: Tensor, *, bias: Tensor | None, conf
             words,
             as_words(values, torch.int32),
             aligned(meta),
-            out if bias is None else bias,
-            out,
+            sums.bias,
+            sums.out,
             M,
             N,
             rounds,
@@ -225,9 +223,9 @@ def mma_24(x: Tensor, values: Tensor, meta: Tensor, *, bias: Tensor | None, conf
             UNROLL=config.unroll,
             EVEN=rounds * share == K // 64,
             ORDERED=config.ordered,
-            HAS_BIAS=bias is not None and not split,
+            HAS_BIAS=sums.has_bias,
             ASM=mma_asm(x.dtype),
             num_warps=config.warps,
             **OPTIONS,
         )
-    return sum_parts(out, bias, y) if split else y
+    return sums.total()

@@ -1,8 +1,4 @@
-"""y = x · Wᵀ for a bitmap weight and up to 64 tokens: a tile of the weight is expanded in registers, then multiplied.
-
-The tensor cores multiply the zeros too; what is saved is the reading. The expanded tile is the left operand
-(yᵀ = W · xᵀ): on an H100 that is the form which takes the fast path, and Triton 3.6 cannot compile the other one there.
-"""
+"""y = x · Wᵀ for a bitmap weight and up to 64 tokens: tiles of it are expanded in registers, then multiplied."""
 
 from __future__ import annotations
 
@@ -13,7 +9,8 @@ from torch import Tensor
 
 from llmprune.triton_kernels._bits_bitmap import dense_tile_16, load_bytes
 from llmprune.triton_kernels._launch import OPTIONS, PTX, aligned, blocks, on_device
-from llmprune.triton_kernels._sum_parts_kernel import sum_parts
+from llmprune.triton_kernels._sum_parts_kernel import Sums
+from llmprune.triton_kernels._tiles import multiply_tile, store_tile
 from llmprune.triton_kernels.configs_bitmap import BitmapDot
 from llmprune.triton_kernels.pack_bitmap import BitmapWeight
 
@@ -65,22 +62,14 @@ def matmul_bitmap_kernel(
         weight = dense_tile_16(words_ptr, before, byte, x_ptr.dtype.element_ty, ROWS, INPUTS, PTX)
         x_ok = token_ok[:, None] & (inputs < K)[None, :]
         x = tl.load(x_ptr + tokens[:, None] * K + inputs[None, :], mask=x_ok, other=0.0)
-        if not PTX:  # the interpreter multiplies bfloat16 as if it were an integer
-            weight = weight.to(tl.float32)
-            x = x.to(tl.float32)
-        total = tl.dot(weight, tl.trans(x), total)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-    y_at = (part * M + tokens)[None, :] * N + rows[:, None]
-    tl.store(y_ptr + y_at, total.to(y_ptr.dtype.element_ty), mask=token_ok[None, :] & row_ok[:, None])
+        total = multiply_tile(weight, x, total, PTX)
+    store_tile(total, rows, tokens, part, bias_ptr, y_ptr, M, N, HAS_BIAS)
 
 
 def launch_matmul_bitmap(x: Tensor, weight: BitmapWeight, *, bias: Tensor | None, config: BitmapDot) -> Tensor:
     """Launch it. x (M, in_features), M at most config.tokens; bias (out_features,) → (M, out_features) in x's dtype."""
     M, N = len(x), weight.out_features
-    y = x.new_empty(M, N)
-    split = config.parts > 1
-    out = x.new_empty(config.parts, M, N, dtype=torch.float32) if split else y
+    sums = Sums(x, N, bias=bias, parts=config.parts)
     with on_device(x):
         matmul_bitmap_kernel[(blocks(N, config.rows), config.parts)](
             aligned(x),
@@ -88,8 +77,8 @@ def launch_matmul_bitmap(x: Tensor, weight: BitmapWeight, *, bias: Tensor | None
             weight.masks,
             weight.offsets,
             weight.row_starts,
-            y if bias is None else bias,
-            out,
+            sums.bias,
+            sums.out,
             M,
             N,
             K=weight.in_features,
@@ -99,9 +88,9 @@ def launch_matmul_bitmap(x: Tensor, weight: BitmapWeight, *, bias: Tensor | None
             INPUTS=config.inputs,
             PARTS=config.parts,
             STAGES=config.stages,
-            HAS_BIAS=bias is not None and not split,
+            HAS_BIAS=sums.has_bias,
             PTX=PTX,
             num_warps=config.warps,
             **OPTIONS,
         )
-    return sum_parts(out, bias, y) if split else y
+    return sums.total()

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmprune.triton_kernels._bits_24 import unpack_pair
 from llmprune.triton_kernels._bits_sell import begin, load_block, look, paths, reached
 from llmprune.triton_kernels._launch import OPTIONS, PTX, aligned, on_device
-from llmprune.triton_kernels._sum_parts_kernel import sum_parts
+from llmprune.triton_kernels._sum_parts_kernel import Sums
 from llmprune.triton_kernels.pack_sell import LANES, SellWeight
 
 __all__ = ["launch_matmul_sell", "matmul_sell_kernel"]
@@ -164,8 +164,7 @@ def launch_matmul_sell(x: Tensor, weight: SellWeight, *, bias: Tensor | None, wa
     warps : of one program; a power of two that divides the weight's parts
     """
     tokens, rows, shares = len(x), weight.out_features, weight.parts // warps
-    y = x.new_empty(tokens, rows)
-    out = y if shares == 1 else x.new_empty(shares, tokens, rows, dtype=torch.float32)
+    sums = Sums(x, rows, bias=bias, parts=shares)
     with on_device(x):
         matmul_sell_kernel[(len(weight.row_order) // LANES, shares)](
             _side_by_side(x),
@@ -173,16 +172,16 @@ def launch_matmul_sell(x: Tensor, weight: SellWeight, *, bias: Tensor | None, wa
             weight.starts,
             weight.slice_blocks,
             weight.row_order,
-            y if bias is None else bias,
-            out,
+            sums.bias,
+            sums.out,
             rows,
             PARTS=weight.parts,
             WARPS=warps,
             TOKENS=tokens,
             DTYPE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
-            HAS_BIAS=bias is not None and shares == 1,
+            HAS_BIAS=sums.has_bias,
             PTX=PTX,
             num_warps=warps,
             **OPTIONS,
         )
-    return y if shares == 1 else sum_parts(out, bias, y)
+    return sums.total()

@@ -7,13 +7,14 @@ bits, would change from run to run.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from llmprune.triton_kernels._launch import OPTIONS, blocks, on_device
 
-__all__ = ["sum_parts", "sum_parts_kernel"]
+__all__ = ["Sums", "sum_parts", "sum_parts_kernel"]
 
 BLOCK = 256
 
@@ -68,3 +69,30 @@ def sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
             **OPTIONS,
         )
     return y
+
+
+class Sums:
+    """Where the blocks of a product leave their sums: the result itself, or a workspace if they are but parts of them.
+
+    Parameters
+    ----------
+    x : (M, K), whose dtype and device the result has
+    outputs : N, of the weight
+    bias : (N,) or None
+    parts : how many blocks share the inputs of one output
+
+    Attributes
+    ----------
+    out : what the kernel writes, (M, N) of x's dtype, or (parts, M, N) float32
+    bias, has_bias : what the kernel adds, and whether it does; several parts leave that to `total`
+    """
+
+    def __init__(self, x: Tensor, outputs: int, *, bias: Tensor | None, parts: int) -> None:
+        self._y, self._bias, self._split = x.new_empty(len(x), outputs), bias, parts > 1
+        self.out = x.new_empty(parts, len(x), outputs, dtype=torch.float32) if self._split else self._y
+        self.bias = self.out if bias is None else bias  # without a bias any pointer will do
+        self.has_bias = bias is not None and not self._split
+
+    def total(self) -> Tensor:
+        """The product, (M, N) in x's dtype, once the kernel has been launched."""
+        return sum_parts(self.out, self._bias, self._y) if self._split else self._y

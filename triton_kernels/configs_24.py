@@ -1,17 +1,18 @@
 """Which kernels can multiply with a 2:4 weight, and the settings worth trying on a GPU.
 
-A config is one kernel with its settings. It is written as one word, "mma:warps=16,row_tiles=1,unroll=4", so that a
-timing cache, an operation's arguments and a table of results can hold it. Nothing here needs a GPU or triton.
+A config is one kernel with its settings; `_words.py` says how it is written. Nothing here needs a GPU or triton.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from typing import ClassVar
 
 import torch
+
+from llmprune.triton_kernels._words import Words, parse
 
 __all__ = ["Config24", "ExpandDot", "Gemv", "Mma", "Shape24", "candidates_24", "default_24", "parse_24"]
 
@@ -40,18 +41,8 @@ class Shape24:
     capability: tuple[int, int] | None = None
 
 
-class _Words:
-    """How a config is written: its kernel's name and all its settings."""
-
-    kernel: ClassVar[str]
-
-    def __str__(self) -> str:
-        settings = ",".join(f"{name}={value:d}" for name, value in asdict(self).items())  # type: ignore[call-overload]
-        return f"{self.kernel}:{settings}"
-
-
 @dataclass(frozen=True)
-class Mma(_Words):
+class Mma(Words):
     """Sparse tensor cores, for up to 8 · token_tiles tokens at a time.
 
     warps : of a block, each with its own share of the inputs
@@ -81,8 +72,20 @@ class Mma(_Words):
         return None
 
 
+class _Portable(Words):
+    """A kernel in plain Triton, for any GPU."""
+
+    def refusal(self, shape: Shape24) -> str | None:
+        """Why it cannot do this product; None if it can."""
+        if shape.dtype not in HALF_TYPES:
+            return f"needs bfloat16 or float16; got {shape.dtype}"
+        if shape.K % 16:
+            return f"needs K a multiple of 16; got K={shape.K}"
+        return None
+
+
 @dataclass(frozen=True)
-class Gemv(_Words):
+class Gemv(_Portable):
     """Multiply and add without tensor cores, for a few tokens.
 
     rows : outputs of a block; a power of two, up to 32 · warps
@@ -104,13 +107,9 @@ class Gemv(_Words):
         """Chunks of a row that the block takes in a step: one for each thread."""
         return 32 * self.warps // self.rows
 
-    def refusal(self, shape: Shape24) -> str | None:
-        """Why it cannot do this product; None if it can."""
-        return _portable_refusal(shape)
-
 
 @dataclass(frozen=True)
-class ExpandDot(_Words):
+class ExpandDot(_Portable):
     """Expand a tile of the weight in registers and multiply it on dense tensor cores.
 
     rows, tokens, inputs : of a tile; powers of two, of at least 16
@@ -127,40 +126,15 @@ class ExpandDot(_Words):
     stages: int = 3
     warps: int = 4
 
-    def refusal(self, shape: Shape24) -> str | None:
-        """Why it cannot do this product; None if it can."""
-        return _portable_refusal(shape)
-
-
-def _portable_refusal(shape: Shape24) -> str | None:
-    if shape.dtype not in HALF_TYPES:
-        return f"needs bfloat16 or float16; got {shape.dtype}"
-    if shape.K % 16:
-        return f"needs K a multiple of 16; got K={shape.K}"
-    return None
-
 
 Config24 = Mma | Gemv | ExpandDot
-_KERNELS: dict[str, type[Config24]] = {"mma": Mma, "gemv": Gemv, "expand_dot": ExpandDot}
+_KERNELS: dict[str, type[Config24]] = {config.kernel: config for config in (Mma, Gemv, ExpandDot)}
 
 
 @cache
 def parse_24(text: str) -> Config24:
-    """A config from its word; settings that it does not name have their defaults.
-
-    Raises
-    ------
-    ValueError : if no kernel or no setting has that name
-    """
-    name, _, settings = text.partition(":")
-    if name not in _KERNELS:
-        raise ValueError(f"a 2:4 config begins with one of {', '.join(_KERNELS)}; got {text!r}")
-    pairs = [setting.partition("=") for setting in settings.split(",") if setting]
-    try:
-        return _KERNELS[name](**{key: int(value) for key, _, value in pairs})  # type: ignore[arg-type] # 0, 1 for bool
-    except (TypeError, ValueError) as error:
-        known = ", ".join(field.name for field in fields(_KERNELS[name]))
-        raise ValueError(f"the settings of {name} are whole numbers, named {known}; got {text!r}") from error
+    """A config from its word, see `_words.parse`."""
+    return parse(text, _KERNELS)
 
 
 def _tiles(count: int, size: int, most: int) -> int:

@@ -1,14 +1,16 @@
 """The settings of the bitmap product worth trying on a GPU, and what to use where nothing has been timed.
 
-A config is written as one word, "bitmap_dot:rows=64,tokens=16,inputs=128,parts=2,stages=1,warps=4", so that a timing
-cache, an operation's arguments and a table of results can hold it. Nothing here needs a GPU or triton.
+`_words.py` says how a config is written. Nothing here needs a GPU or triton.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import ClassVar
+
+from llmprune.triton_kernels._words import Words, parse
 
 __all__ = ["BitmapDot", "MOST_TOKENS_BITMAP", "candidates_bitmap", "default_bitmap", "parse_bitmap"]
 
@@ -18,11 +20,9 @@ MOST_TOKENS_BITMAP = 64
 FILLING_PROGRAMS = 256
 """Two for each multiprocessor of a large GPU. An estimate, to be tuned."""
 
-_NAME = "bitmap_dot"
-
 
 @dataclass(frozen=True)
-class BitmapDot:
+class BitmapDot(Words):
     """Expand a tile of the weight in registers and multiply it on tensor cores.
 
     rows, tokens, inputs : of a tile; powers of two, of at least 16; inputs a multiple of 32
@@ -31,6 +31,7 @@ class BitmapDot:
     warps : of a block
     """
 
+    kernel: ClassVar[str] = "bitmap_dot"
     rows: int = 64
     tokens: int = 16
     inputs: int = 128
@@ -38,24 +39,11 @@ class BitmapDot:
     stages: int = 1
     warps: int = 4
 
-    def __str__(self) -> str:
-        return f"{_NAME}:" + ",".join(f"{name}={value}" for name, value in asdict(self).items())
-
 
 @cache
 def parse_bitmap(text: str) -> BitmapDot:
-    """A config from its word; settings that it does not name have their defaults.
-
-    Raises
-    ------
-    ValueError : if the kernel or a setting has another name, or a value is no whole number
-    """
-    name, _, settings = text.partition(":")
-    pairs = [setting.partition("=") for setting in settings.split(",") if setting]
-    known = [field.name for field in fields(BitmapDot)]
-    if name != _NAME or not all(key in known and value.isdecimal() for key, _, value in pairs):
-        raise ValueError(f"a bitmap config is {_NAME}: with whole numbers for any of {', '.join(known)}; got {text!r}")
-    return BitmapDot(**{key: int(value) for key, _, value in pairs})
+    """A config from its word, see `_words.parse`."""
+    return parse(text, {BitmapDot.kernel: BitmapDot})
 
 
 def _tokens(M: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmprune.triton_kernels._arguments import dense_output
 from llmprune.triton_kernels.pack_24 import check_24, positions_24
 
 __all__ = ["decompress_24", "decompress_24_torch"]
@@ -54,13 +55,7 @@ def decompress_24(values: Tensor, index: Tensor, *, out: Tensor | None = None) -
     """
     check_24(values, index)
     shape = (len(values), 2 * values.shape[1])
-    if out is None:
-        out = values.new_empty(shape)
-    elif out.shape != shape or out.dtype != values.dtype or out.device != values.device or not out.is_contiguous():
-        raise ValueError(
-            f"out is contiguous, {shape}, {values.dtype} on {values.device}; "
-            f"got {tuple(out.shape)}, {out.dtype} on {out.device}, strides {out.stride()}"
-        )
+    out = dense_output(out, shape=shape, dtype=values.dtype, device=values.device)
     _decompress_24(values, index, out)
     return out
 
@@ -77,8 +72,3 @@ def _decompress_24(values: Tensor, index: Tensor, out: Tensor) -> None:
             launch_decompress_24(values, index, out)
     else:
         out.copy_(decompress_24_torch(values, index))
-
-
-@_decompress_24.register_fake
-def _(values: Tensor, index: Tensor, out: Tensor) -> None:
-    return None

@@ -6,9 +6,12 @@ large enough for the largest weight, can serve all layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from llmprune.triton_kernels._arguments import dense_output
 from llmprune.triton_kernels.pack_bitmap import BitmapWeight, unpack_bitmap
 
 __all__ = ["decompress_bitmap", "decompress_bitmap_torch"]
@@ -35,29 +38,18 @@ def decompress_bitmap(weight: BitmapWeight, *, out: Tensor | None = None) -> Ten
     ------
     ValueError : if `out` does not fit, or no kernel runs where the weight is
     """
-    shape, values = (weight.out_features, weight.in_features), weight.values
-    if out is None:
-        out = values.new_empty(shape)
-    elif out.shape != shape or out.dtype != values.dtype or out.device != values.device or not out.is_contiguous():
-        raise ValueError(
-            f"out must be contiguous, {shape}, {values.dtype} on {values.device}; "
-            f"got {tuple(out.shape)}, {out.dtype} on {out.device}, strides {out.stride()}"
-        )
-    _decompress_bitmap(values, weight.masks, weight.offsets, weight.row_starts, out)
+    values = weight.values
+    out = dense_output(out, shape=weight.shape, dtype=values.dtype, device=values.device)
+    _decompress_bitmap(weight.tensors, out)
     return out
 
 
 @torch.library.custom_op("llmprune::decompress_bitmap", mutates_args=("out",))
-def _decompress_bitmap(values: Tensor, masks: Tensor, offsets: Tensor, row_starts: Tensor, out: Tensor) -> None:
+def _decompress_bitmap(weight: Sequence[Tensor], out: Tensor) -> None:
     from llmprune.triton_kernels._launch import check_device
 
-    check_device(values, "decompress_bitmap")
+    check_device(out, "decompress_bitmap")
     if out.numel():
         from llmprune.triton_kernels._decompress_bitmap_kernel import launch_decompress_bitmap
 
-        launch_decompress_bitmap(BitmapWeight(values, masks, offsets, row_starts, out.shape[1]), out)
-
-
-@_decompress_bitmap.register_fake
-def _(values: Tensor, masks: Tensor, offsets: Tensor, row_starts: Tensor, out: Tensor) -> None:
-    return None
+        launch_decompress_bitmap(BitmapWeight.of(weight, out.shape[1]), out)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from llmprune.triton_kernels._arguments import dense_output
 from llmprune.triton_kernels.pack_sell import SellWeight, unpack_sell
 
 __all__ = ["decompress_sell", "decompress_sell_torch"]
@@ -31,32 +34,20 @@ def decompress_sell(weight: SellWeight, *, out: Tensor | None = None) -> Tensor:
     ------
     ValueError : if `out` does not fit, or no kernel runs where the weight is
     """
-    shape, words = (weight.out_features, weight.in_features), weight.words
-    if out is None:
-        out = words.new_empty(shape, dtype=weight.dtype)
-    elif out.shape != shape or out.dtype != weight.dtype or out.device != words.device or not out.is_contiguous():
-        raise ValueError(
-            f"out must be contiguous, {shape}, {weight.dtype} on {words.device}; "
-            f"got {tuple(out.shape)}, {out.dtype} on {out.device}, strides {out.stride()}"
-        )
-    _decompress_sell(words, weight.starts, weight.slice_blocks, weight.row_order, out)
+    out = dense_output(out, shape=weight.shape, dtype=weight.dtype, device=weight.words.device)
+    _decompress_sell(weight.tensors, out)
     return out
 
 
 @torch.library.custom_op("llmprune::decompress_sell", mutates_args=("out",))
-def _decompress_sell(words: Tensor, starts: Tensor, slice_blocks: Tensor, row_order: Tensor, out: Tensor) -> None:
+def _decompress_sell(weight: Sequence[Tensor], out: Tensor) -> None:
     from llmprune.triton_kernels._launch import check_device
 
-    check_device(words, "decompress_sell")
-    if not words.numel():
+    check_device(out, "decompress_sell")
+    sell = SellWeight.of(weight, (out.shape[0], out.shape[1]), out.dtype)
+    if not sell.words.numel():
         out.zero_()
     elif out.numel():
         from llmprune.triton_kernels._decompress_sell_kernel import launch_decompress_sell
 
-        weight = SellWeight(words, starts, slice_blocks, row_order, out.shape[0], out.shape[1], out.dtype)
-        launch_decompress_sell(weight, out)
-
-
-@_decompress_sell.register_fake
-def _(words: Tensor, starts: Tensor, slice_blocks: Tensor, row_order: Tensor, out: Tensor) -> None:
-    return None
+        launch_decompress_sell(sell, out)

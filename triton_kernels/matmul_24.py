@@ -10,17 +10,15 @@ Sums are float32 and in a fixed order: the same call gives the same bits. No gra
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from llmprune.triton_kernels.configs_24 import Gemv, Mma, Shape24, default_24, parse_24
+from llmprune.triton_kernels._arguments import check_product
+from llmprune.triton_kernels.configs_24 import Config24, Gemv, Mma, Shape24, default_24, parse_24
 from llmprune.triton_kernels.decompress_24 import decompress_24_torch
 from llmprune.triton_kernels.pack_24 import check_24, meta_24
-
-if TYPE_CHECKING:
-    from llmprune.triton_kernels.configs_24 import Config24
 
 __all__ = ["matmul_24", "matmul_24_torch", "shape_24"]
 
@@ -71,9 +69,12 @@ def matmul_24(
     ------
     ValueError : if the tensors do not belong together, or the kernel (with None: every kernel) cannot take this product
     """
-    _check(x, values, index, bias)
+    check_24(values, index)
+    shape = (len(values), 2 * values.shape[1])
+    check_product(x, bias, shape=shape, dtype=values.dtype, device=values.device)
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y: Tensor = _matmul_24(tokens, values, index, meta, bias, "" if config is None else str(config))
+    weight = [values, index] if meta is None else [values, index, meta]
+    y: Tensor = _matmul_24(tokens, weight, bias, config="" if config is None else str(config))
     return y.view(*x.shape[:-1], len(values))
 
 
@@ -84,54 +85,33 @@ def shape_24(x: Tensor, values: Tensor) -> Shape24:
     return Shape24(M=x.shape[:-1].numel(), N=len(values), K=K, dtype=x.dtype, capability=capability)
 
 
-def _check(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> None:
-    check_24(values, index)
-    rows, inputs = len(values), 2 * values.shape[1]
-    if x.ndim == 0 or x.shape[-1] != inputs or x.dtype != values.dtype or x.device != values.device:
-        raise ValueError(
-            f"x is (…, {inputs}), {values.dtype} on {values.device}, as the weight; "
-            f"got {tuple(x.shape)}, {x.dtype} on {x.device}"
-        )
-    if bias is not None and (bias.shape != (rows,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(
-            f"bias is ({rows},), {x.dtype} on {x.device}; got {tuple(bias.shape)}, {bias.dtype} on {bias.device}"
-        )
-
-
 @torch.library.custom_op("llmprune::matmul_24", mutates_args=())
-def _matmul_24(
-    x: Tensor, values: Tensor, index: Tensor, meta: Tensor | None, bias: Tensor | None, config: str
-) -> Tensor:
-    """x (M, K) → (M, N). The config travels as a word, because an operation's arguments are plain."""
+def _matmul_24(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, config: str) -> Tensor:
+    """x (M, K) and (values, index), perhaps with meta → (M, N). The config is a word, for arguments must be plain."""
     from llmprune.triton_kernels._launch import check_device
 
     check_device(x, "matmul_24")
+    values, index, *meta = weight
     shape = shape_24(x, values)
     if not (shape.M and shape.N and shape.K):
         return x.new_zeros(shape.M, shape.N) if bias is None else bias.expand(shape.M, shape.N).clone()
     chosen = parse_24(config) if config else default_24(shape)
     if refusal := chosen.refusal(shape):
         raise ValueError(f"the 2:4 kernel {chosen.kernel} {refusal}: choose another one, or none for the default")
-    return _launch(x, values, index, meta, bias, chosen)
+    # Each kernel's file is loaded when it is first needed: that loads triton.
+    if isinstance(chosen, Mma):
+        from llmprune.triton_kernels._matmul_24_mma_kernel import launch_mma_24
 
+        return launch_mma_24(x, values, meta[0] if meta else meta_24(index), bias=bias, config=chosen)
+    if isinstance(chosen, Gemv):
+        from llmprune.triton_kernels._matmul_24_gemv_kernel import launch_gemv_24
 
-def _launch(
-    x: Tensor, values: Tensor, index: Tensor, meta: Tensor | None, bias: Tensor | None, config: Config24
-) -> Tensor:
-    """Each kernel's file is loaded when it is first needed: that loads triton."""
-    if isinstance(config, Mma):
-        from llmprune.triton_kernels._matmul_24_mma_kernel import mma_24
+        return launch_gemv_24(x, values, index, bias=bias, config=chosen)
+    from llmprune.triton_kernels._matmul_24_expand_dot_kernel import launch_expand_dot_24
 
-        return mma_24(x, values, meta_24(index) if meta is None else meta, bias=bias, config=config)
-    if isinstance(config, Gemv):
-        from llmprune.triton_kernels._matmul_24_gemv_kernel import gemv_24
-
-        return gemv_24(x, values, index, bias=bias, config=config)
-    from llmprune.triton_kernels._matmul_24_expand_dot_kernel import expand_dot_24
-
-    return expand_dot_24(x, values, index, bias=bias, config=config)
+    return launch_expand_dot_24(x, values, index, bias=bias, config=chosen)
 
 
 @_matmul_24.register_fake
-def _(x: Tensor, values: Tensor, index: Tensor, meta: Tensor | None, bias: Tensor | None, config: str) -> Tensor:
-    return x.new_empty(x.shape[0], values.shape[0])
+def _(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, config: str) -> Tensor:
+    return x.new_empty(x.shape[0], weight[0].shape[0])

@@ -8,10 +8,13 @@ gain from 50 % on. Not measured yet: whoever can choose should time both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmprune.triton_kernels._arguments import check_product
 from llmprune.triton_kernels.configs_bitmap import MOST_TOKENS_BITMAP, BitmapDot, default_bitmap, parse_bitmap
 from llmprune.triton_kernels.pack_bitmap import BitmapWeight, unpack_bitmap
 
@@ -45,62 +48,38 @@ def matmul_bitmap(
     ValueError : if the tensors do not fit each other, or no kernel runs where they are
     """
     tokens = x.shape[:-1].numel()
-    _check(x, weight, bias, tokens=tokens)
-    if config is None:
-        config = default_bitmap(tokens, weight.out_features, weight.in_features)
-    config = parse_bitmap(str(config))
-    if config.tokens < tokens:
-        raise ValueError(f"the config's tile must hold all {tokens} tokens, got {config}")
-    flat = x.reshape(tokens, weight.in_features)
-    y: Tensor = _matmul_bitmap(flat, weight.values, weight.masks, weight.offsets, weight.row_starts, bias, str(config))
-    return y.view(*x.shape[:-1], weight.out_features)
-
-
-def _check(x: Tensor, weight: BitmapWeight, bias: Tensor | None, *, tokens: int) -> None:
-    if x.shape[-1:] != (weight.in_features,):
-        raise ValueError(f"x must be (..., {weight.in_features}), got {tuple(x.shape)}")
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"matmul_bitmap takes bfloat16 or float16, got {x.dtype}; use decompress_bitmap for others")
-    if x.dtype != weight.values.dtype:
-        raise ValueError(f"x must have the weight's dtype, {weight.values.dtype}, got {x.dtype}")
-    if bias is not None and bias.shape != (weight.out_features,):
-        raise ValueError(f"bias must be ({weight.out_features},), got {tuple(bias.shape)}")
+    check_product(x, bias, shape=weight.shape, dtype=weight.values.dtype, device=weight.values.device)
     if tokens > MOST_TOKENS_BITMAP:
         raise ValueError(
             f"matmul_bitmap takes at most {MOST_TOKENS_BITMAP} tokens, got {tokens}; "
             "use decompress_bitmap and multiply as usual"
         )
+    if config is None:
+        config = default_bitmap(tokens, *weight.shape)
+    elif isinstance(config, str):
+        config = parse_bitmap(config)
+    if config.tokens < tokens:
+        raise ValueError(f"the config's tile must hold all {tokens} tokens, got {config}")
+    flat = x.reshape(tokens, weight.in_features)
+    y: Tensor = _matmul_bitmap(flat, weight.tensors, bias, config=str(config))
+    return y.view(*x.shape[:-1], weight.out_features)
 
 
 @torch.library.custom_op("llmprune::matmul_bitmap", mutates_args=())
-def _matmul_bitmap(
-    x: Tensor,
-    values: Tensor,
-    masks: Tensor,
-    offsets: Tensor,
-    row_starts: Tensor,
-    bias: Tensor | None,
-    config: str,
-) -> Tensor:
+def _matmul_bitmap(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, config: str) -> Tensor:
     from llmprune.triton_kernels._launch import check_device
 
     check_device(x, "matmul_bitmap")
-    if not x.shape[0] or not masks.shape[0]:
-        return x.new_empty(x.shape[0], masks.shape[0])
+    bitmap = BitmapWeight.of(weight, x.shape[1])
+    if not x.shape[0] or not bitmap.out_features:
+        return x.new_empty(x.shape[0], bitmap.out_features)
     from llmprune.triton_kernels._matmul_bitmap_kernel import launch_matmul_bitmap
 
-    weight = BitmapWeight(values, masks, offsets, row_starts, x.shape[1])
-    return launch_matmul_bitmap(x, weight, bias=bias, config=parse_bitmap(config))
+    return launch_matmul_bitmap(x, bitmap, bias=bias, config=parse_bitmap(config))
 
 
 @_matmul_bitmap.register_fake
-def _(
-    x: Tensor,
-    values: Tensor,
-    masks: Tensor,
-    offsets: Tensor,
-    row_starts: Tensor,
-    bias: Tensor | None,
-    config: str,
-) -> Tensor:
-    return x.new_empty(x.shape[0], masks.shape[0])
+def _(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, config: str) -> Tensor:
+    return x.new_empty(x.shape[0], BitmapWeight.of(weight, x.shape[1]).out_features)

@@ -7,10 +7,13 @@ bits; 2 times with 60 % zeros and 2.7 times with 70 %.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmprune.triton_kernels._arguments import check_product
 from llmprune.triton_kernels.configs_sell import default_warps
 from llmprune.triton_kernels.pack_sell import SellWeight, unpack_sell
 
@@ -43,66 +46,38 @@ def matmul_sell(x: Tensor, weight: SellWeight, *, bias: Tensor | None = None, wa
     ------
     ValueError : if the tensors do not fit each other, or no kernel runs where they are
     """
-    _check(x, weight, bias)
-    if warps is None:
-        warps = default_warps(weight.starts.shape[0], weight.parts)
-    elif warps < 1 or weight.parts % warps or warps & (warps - 1):
-        raise ValueError(f"warps must be a power of two that divides the weight's {weight.parts} parts, got {warps}")
-    flat = x.reshape(x.shape[:-1].numel(), weight.in_features)
-    tensors = (weight.words, weight.starts, weight.slice_blocks, weight.row_order)
-    y: Tensor = _matmul_sell(flat, *tensors, bias, weight.out_features, warps)
-    return y.view(*x.shape[:-1], weight.out_features)
-
-
-def _check(x: Tensor, weight: SellWeight, bias: Tensor | None) -> None:
-    if x.shape[-1:] != (weight.in_features,):
-        raise ValueError(f"x must be (..., {weight.in_features}), got {tuple(x.shape)}")
-    if x.dtype != weight.dtype:
-        raise ValueError(f"x must have the weight's dtype, {weight.dtype}, got {x.dtype}")
-    if bias is not None and bias.shape != (weight.out_features,):
-        raise ValueError(f"bias must be ({weight.out_features},), got {tuple(bias.shape)}")
+    check_product(x, bias, shape=weight.shape, dtype=weight.dtype, device=weight.words.device)
     tokens = x.shape[:-1].numel()
     if tokens > MOST_TOKENS_SELL:
         raise ValueError(
             f"matmul_sell takes at most {MOST_TOKENS_SELL} tokens, got {tokens}; "
             "use matmul_bitmap, or decompress the weight and multiply as usual"
         )
+    if warps is None:
+        warps = default_warps(weight.starts.shape[0], weight.parts)
+    elif warps < 1 or weight.parts % warps or warps & (warps - 1):
+        raise ValueError(f"warps must be a power of two that divides the weight's {weight.parts} parts, got {warps}")
+    flat = x.reshape(tokens, weight.in_features)
+    y: Tensor = _matmul_sell(flat, weight.tensors, bias, out_features=weight.out_features, warps=warps)
+    return y.view(*x.shape[:-1], weight.out_features)
 
 
 @torch.library.custom_op("llmprune::matmul_sell", mutates_args=())
-def _matmul_sell(
-    x: Tensor,
-    words: Tensor,
-    starts: Tensor,
-    slice_blocks: Tensor,
-    row_order: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    warps: int,
-) -> Tensor:
+def _matmul_sell(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, out_features: int, warps: int) -> Tensor:
     from llmprune.triton_kernels._launch import check_device
 
     check_device(x, "matmul_sell")
+    sell = SellWeight.of(weight, (out_features, x.shape[1]), x.dtype)
     if not x.shape[0] or not out_features:
         return x.new_empty(x.shape[0], out_features)
-    if not words.numel():  # nothing is kept: no x may even be read, for there may be no inputs
+    if not sell.words.numel():  # nothing is kept: no x may even be read, for there may be no inputs
         y = x.new_zeros(x.shape[0], out_features)
         return y if bias is None else y + bias
     from llmprune.triton_kernels._matmul_sell_kernel import launch_matmul_sell
 
-    weight = SellWeight(words, starts, slice_blocks, row_order, out_features, x.shape[1], x.dtype)
-    return launch_matmul_sell(x, weight, bias=bias, warps=warps)
+    return launch_matmul_sell(x, sell, bias=bias, warps=warps)
 
 
 @_matmul_sell.register_fake
-def _(
-    x: Tensor,
-    words: Tensor,
-    starts: Tensor,
-    slice_blocks: Tensor,
-    row_order: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    warps: int,
-) -> Tensor:
+def _(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, *, out_features: int, warps: int) -> Tensor:
     return x.new_empty(x.shape[0], out_features)

@@ -10,13 +10,23 @@ That costs half a bit for each weight: with the mask bit and bfloat16 values 16 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BitmapWeight", "kept_columns", "pack_bitmap", "unpack_bitmap"]
+__all__ = [
+    "MOST_INPUTS",
+    "MOST_VALUES",
+    "BitmapWeight",
+    "check_packed",
+    "kept_columns",
+    "pack_bitmap",
+    "popcount",
+    "unpack_bitmap",
+]
 
 WORD = 32
 """Columns in one word of a mask."""
@@ -58,9 +68,25 @@ class BitmapWeight:
         return self.masks.shape[0]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What an operation of torch takes in its place; `of` turns it back."""
+        return [self.values, self.masks, self.offsets, self.row_starts]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], in_features: int) -> BitmapWeight:
+        """The weight with these `tensors`."""
+        values, masks, offsets, row_starts = tensors
+        return cls(values, masks, offsets, row_starts, in_features)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that a product must read of it."""
-        return sum(part.nbytes for part in (self.values, self.masks, self.offsets, self.row_starts))
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def pack_bitmap(values: Tensor, index: Tensor, in_features: int) -> BitmapWeight:

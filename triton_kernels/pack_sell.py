@@ -19,7 +19,7 @@ gap from the one before: 4 bits an entry instead of an index of 16. A gap above 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -70,10 +70,25 @@ class SellWeight:
         return self.starts.shape[1]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What an operation of torch takes in its place; `of` turns it back."""
+        return [self.words, self.starts, self.slice_blocks, self.row_order]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> SellWeight:
+        """The weight with these `tensors`."""
+        words, starts, slice_blocks, row_order = tensors
+        return cls(words, starts, slice_blocks, row_order, *shape, dtype)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that a product must read of it."""
-        tensors = (self.words, self.starts, self.slice_blocks, self.row_order)
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True)

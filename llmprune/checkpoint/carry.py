@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,18 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from llmprune.checkpoint.base_card import LICENCE_FILES
+from llmprune.checkpoint.packed import Entry, dense_tensor, index_name, packed_entries
 from llmprune.checkpoint.report import TensorRecord, record
+from llmprune.checkpoint.stream import INDEX, WEIGHTS
 
-__all__ = ["INDEX", "WEIGHTS", "Carried", "carry_over", "is_computed", "not_loaded"]
+__all__ = ["Carried", "carry_over", "is_computed", "not_loaded"]
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _EXTRA = "model-extra.safetensors"
 
 _FILES = (
     "*.py",  # custom code; save_pretrained copies only what the loaded class is defined in
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *LICENCE_FILES,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
@@ -63,15 +61,19 @@ def carry_over(model: PreTrainedModel, directory: Path, *, source: Path | None) 
     if source is None or not source.is_dir():
         return Carried()
     files = tuple(_copy_files(source, directory))
-    quantized = _read_json(source / "config.json").get("quantization_config") is not None
+    config = _read_json(source / "config.json")
+    packed = packed_entries(config)
+    quantized = packed is None and config.get("quantization_config") is not None
     shards = _shards(source)
     if quantized or (not shards and any(source.glob("*.bin"))):
         kind = "is quantized" if quantized else "holds no safetensors"
         return Carried(
             files, notes=(f"the source {kind}, so tensors that the model does not load, if any, stayed there",)
         )
-    extras = {name: shards[name] for name in not_loaded(model, list(shards))}
-    tensors = {name: tensor for name, tensor in _read(extras) if not is_computed(name, tensor.ndim)}
+    entries = packed or {}
+    indexes = {index_name(name) for name in entries}
+    names = not_loaded(model, [name for name in shards if name not in indexes])
+    tensors = {name: tensor for name, tensor in _read(names, shards, entries) if not is_computed(name, tensor.ndim)}
     if tensors:
         _add_shard(directory, tensors)
     return Carried(files, {name: record(tensor, carried=True) for name, tensor in tensors.items()})
@@ -108,11 +110,16 @@ def not_loaded(model: PreTrainedModel, names: list[str]) -> list[str]:
     return left
 
 
-def _read(places: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    for shard in sorted(set(places.values())):
+def _read(names: list[str], shards: Mapping[str, Path], packed: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of these names, dense, file by file."""
+    for shard in sorted({shards[name] for name in names}):
         with safe_open(shard, "pt") as file:
-            for name in (name for name, place in places.items() if place == shard):
-                yield name, file.get_tensor(name)
+            for name in (name for name in names if shards[name] == shard):
+                tensor = file.get_tensor(name)
+                if name in packed:
+                    with safe_open(shards[index_name(name)], "pt") as other:
+                        tensor = dense_tensor(name, packed[name], tensor, other.get_tensor(index_name(name)))
+                yield name, tensor
 
 
 def is_computed(name: str, axes: int) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmprune.checkpoint.card import refresh_card
 from llmprune.checkpoint.packed import (
     METHOD,
     Entry,
@@ -39,6 +40,7 @@ from llmprune.checkpoint.stream import (
 )
 from llmprune.checkpoint.target import check_output, publish, write_errors
 from llmprune.errors import UserError, VerificationError
+from llmprune.report.document import PAGE
 
 __all__ = ["Conversion", "pack_checkpoint", "pack_files", "unpack_checkpoint"]
 
@@ -120,6 +122,8 @@ def pack_files(source: Path, directory: Path, *, into: Path | None = None) -> Co
         if entries:
             config["quantization_config"] = packed_config(entries)
         write_json(directory / _CONFIG, config)
+        refresh_card(directory, name=(into or directory).name)
+        _refresh_page(directory)
     patterns = dict(Counter(entry.pattern for entry in entries.values()))
     return Conversion(into or directory, opened.nbytes, Source(directory).nbytes, len(opened.places), patterns)
 
@@ -144,9 +148,19 @@ def unpack_checkpoint(source: Path, target: Path, *, overwrite: bool = False) ->
         rewrite(opened, staging, reader.turn)
         copy_others(opened, staging, but=[_CONFIG])
         write_json(staging / _CONFIG, {key: value for key, value in config.items() if key not in reader.config_keys})
+        refresh_card(staging, name=target.name)
+        _refresh_page(staging)
         after = Source(staging)
         done = Conversion(target, opened.nbytes, after.nbytes, len(after.places), reader.patterns)
     return done
+
+
+def _refresh_page(directory: Path) -> None:
+    """Draw the report's page again where it was copied: it shows the size of the files."""
+    if (directory / PAGE).is_file():
+        from llmprune.report.page import write_page  # brings matplotlib
+
+        write_page(directory)
 
 
 class _Ours:

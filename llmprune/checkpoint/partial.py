@@ -58,8 +58,7 @@ class SavedLayer:
 class Partial:
     """The directory of safe points that belongs to the output `target`.
 
-    `layers` are the finished ones by index, from the first on without a gap, of which `committed` count; `before` is
-    what was measured of the dense model, or None.
+    `layers` are the finished ones by index, from the first on without a gap, of which `committed` count.
     """
 
     def __init__(self, target: Path) -> None:
@@ -67,7 +66,6 @@ class Partial:
         self.fingerprint: dict[str, Any] = {}
         self.layers: dict[int, SavedLayer] = {}
         self.committed = 0
-        self.before: dict[str, Any] | None = None
 
     @property
     def converted(self) -> Path:
@@ -106,7 +104,6 @@ class Partial:
                 f"{'; '.join(differing[:5])}. Run it as it was begun, choose another --output-dir, or start anew with "
                 "--resume never, which removes them."
             )
-        self.before = manifest["before"]
         for index, row in enumerate(manifest["layers"]):
             path = self.directory / row["file"]
             if not path.is_file() or path.stat().st_size != row["nbytes"]:
@@ -151,7 +148,6 @@ class Partial:
         manifest = {
             "schema": _SCHEMA,
             "fingerprint": self.fingerprint,
-            "before": self.before,
             "layers": [asdict(self.layers[index]) for index in range(len(self.layers))],
         }
         with self._replacing(self.directory / MANIFEST) as scratch:

@@ -8,41 +8,33 @@ It holds no token, no environment and no home directory: people publish it with 
 from __future__ import annotations
 
 import json
-import platform
-import re
-import shlex
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import llmprune
 from llmprune.checkpoint.layout import SavedWeight, digest, saved_names, saved_tensors, saved_weights
-from llmprune.errors import UserError, VerificationError
+from llmprune.checkpoint.provenance import cleaned
+from llmprune.errors import VerificationError
+from llmprune.report.document import REPORT, SCHEMA, foreign, read_document
 from llmprune.results import PrunedWeight, SkippedWeight, TunedPart
 
 __all__ = [
     "REPORT",
     "Report",
     "TensorRecord",
-    "cleaned",
-    "command_line",
     "describe_tensors",
     "pruned_weight",
     "record",
-    "tool_versions",
     "totals",
 ]
 
-REPORT = "llmprune_report.json"
-_SCHEMA = 1
+_FIRST_MEASURES: dict[str, Any] = {"kind": "perplexity", "versions": {}, "divergence": None}
+"""What the evaluations of schema 1 do not say of themselves."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +62,12 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """All of `llmprune_report.json`. Every field is plain data."""
+    """All of `llmprune_report.json`. Every field is plain data; docs/report.md explains them to readers of the file."""
 
     versions: dict[str, str]
-    """As `tool_versions` gives them."""
+    """As `provenance.tool_versions` gives them."""
     command: str
-    """As `command_line` gives it, or the Python call."""
+    """As `provenance.command_line` gives it, or the Python call."""
     config: dict[str, Any]
     source: dict[str, Any]
     """Where the model came from: "id" and "revision" (the commit, or None for a local directory)."""
@@ -93,12 +85,18 @@ class Report:
     """Evaluations of the dense model."""
     after: tuple[dict[str, Any], ...] = ()
     """Evaluations of the pruned model."""
+    generations: tuple[dict[str, Any], ...] = ()
+    """What the dense and the pruned model write after the same prompts."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by stage."""
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     """By device."""
     notes: tuple[str, ...] = ()
-    schema: int = _SCHEMA
+    created: str = ""
+    """When the pruning ended, in UTC, as `provenance.now` writes it; empty where that was not recorded."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """As `provenance.describe_model` gives it."""
+    schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
         """The document, without secrets and home directories."""
@@ -108,13 +106,16 @@ class Report:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Report:
-        """Read a document back. Raises KeyError or TypeError where it is not one of ours."""
-        fields: dict[str, Any] = dict(document)
+        """Read a document back, an older one as today's. Raises KeyError or TypeError where it is not one of ours."""
+        fields: dict[str, Any] = {**document, "schema": SCHEMA}
         fields["pruned"] = tuple(pruned_weight(row) for row in document["pruned"])
         fields["skipped"] = tuple(SkippedWeight(**{**row, "shape": tuple(row["shape"])}) for row in document["skipped"])
         fields["tuned"] = tuple(TunedPart(**row) for row in document.get("tuned", ()))
         fields["tensors"] = {name: _tensor(row) for name, row in document["tensors"].items()}
-        fields |= {name: tuple(document[name]) for name in ("before", "after", "notes")}
+        for name in ("before", "after", "generations", "notes"):
+            fields[name] = tuple(document.get(name, ()))
+        if document["schema"] < 2:
+            fields |= {name: tuple({**_FIRST_MEASURES, **row} for row in fields[name]) for name in ("before", "after")}
         return cls(**fields)
 
     def write(self, directory: Path) -> Path:
@@ -132,23 +133,11 @@ class Report:
         UserError
             if there is none, or it is not ours, or a newer llmprune wrote it.
         """
-        path = directory / REPORT
-        if not path.is_file():
-            raise UserError(f"{directory} holds no {REPORT}: only checkpoints that llmprune saved can be verified.")
-        foreign = f"{path} is not a report of llmprune, or it is damaged: save the model again to get a new one."
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            schema = document["schema"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(foreign) from error
-        if isinstance(schema, int) and schema > _SCHEMA:
-            raise UserError(
-                f"{path} has schema {schema}; llmprune {llmprune.__version__} reads schema {_SCHEMA}: update llmprune."
-            )
+        document = read_document(directory)
         try:
             return cls.from_json(document)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(foreign) from error
+            raise foreign(directory / REPORT) from error
 
 
 def record(
@@ -210,50 +199,8 @@ def totals(pruned: Sequence[PrunedWeight], tensors: Mapping[str, TensorRecord]) 
     }
 
 
-def tool_versions(device: torch.device) -> dict[str, str]:
-    """What ran, and on what."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return {
-        "llmprune": llmprune.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": f"{device} ({gpu})" if gpu else str(device),
-        "cpu": _cpu_model(),
-    }
-
-
-def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command that was typed: program name and arguments, a token's value left out."""
-    given = list(sys.argv if arguments is None else arguments)
-    words = [Path(given[0]).name]
-    for before, word in pairwise(given):
-        words.append("***" if before == "--token" else re.sub(r"^--token=.*", "--token=***", word))
-    return shlex.join(words)
-
-
 def _zeros(tensor: Tensor) -> int:
     return tensor.numel() - int(torch.count_nonzero(tensor))
-
-
-def _cpu_model() -> str:
-    facts = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", facts.read_text(), re.MULTILINE) if facts.is_file() else None
-    return match[1] if match else platform.processor() or platform.machine()
-
-
-def cleaned(value: Any) -> Any:
-    """`value` with tokens and the home directory taken out of every string in it."""
-    if isinstance(value, dict):
-        return {key: cleaned(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [cleaned(inner) for inner in value]
-    if isinstance(value, str | Path):
-        text = re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", str(value))
-        home = str(Path.home())
-        return text if home == "/" else re.sub(rf"{re.escape(home)}(?=$|[/\\\s'\"])", "~", text)
-    return value
 
 
 def pruned_weight(row: Mapping[str, Any]) -> PrunedWeight:

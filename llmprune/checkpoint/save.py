@@ -13,9 +13,10 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.checkpoint.carry import WEIGHTS, Carried, carry_over
-from llmprune.checkpoint.report import cleaned
+from llmprune.checkpoint.carry import Carried, carry_over
+from llmprune.checkpoint.provenance import cleaned
 from llmprune.checkpoint.shards import write_shards
+from llmprune.checkpoint.stream import WEIGHTS
 from llmprune.checkpoint.target import write_errors
 from llmprune.errors import UserError
 from llmprune.model import shelf_of

@@ -18,9 +18,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.checkpoint.carry import INDEX, WEIGHTS
 from llmprune.checkpoint.layout import hollow_tensors, saved_tensors
-from llmprune.checkpoint.stream import DTYPES
+from llmprune.checkpoint.stream import DTYPES, INDEX, WEIGHTS
 
 __all__ = ["TensorFile", "write_shards"]
 

@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,11 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmprune.checkpoint.carry import INDEX, WEIGHTS
 from llmprune.errors import UserError
 
 __all__ = [
     "DTYPES",
+    "INDEX",
+    "WEIGHTS",
     "Source",
     "Turn",
     "copy_others",
@@ -35,6 +37,22 @@ __all__ = [
     "rewrite",
     "write_json",
 ]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_OTHER_FORMS = (
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "consolidated*",
+    "tf_model*.h5",
+    "flax_model*.msgpack",
+    "rust_model.ot",
+)
+"""The same weights once more, as repositories on the Hub hold them for other programs: what is rewritten here would
+stand beside a copy of what it was."""
 
 Turn = Callable[[str], Iterable[tuple[str, Tensor]] | None]
 """What stands in place of the source's tensor of this name: others, under their names, or None for itself."""
@@ -127,10 +145,13 @@ def rewrite(source: Source, directory: Path, turn: Turn) -> None:
 
 
 def copy_others(source: Source, directory: Path, *, but: Sequence[str]) -> None:
-    """Copy what lies beside the weights, folders too; hidden files and those named in `but` stay behind."""
-    left = {*source.files, INDEX, *but}
+    """Copy what lies beside the weights, folders too.
+
+    Hidden files, those named in `but`, and the same weights in other forms stay behind.
+    """
+    left = {*source.files, *but}
     for path in sorted(source.directory.iterdir()):
-        if path.name in left or path.name.startswith("."):
+        if path.name in left or any(fnmatchcase(path.name, pattern) for pattern in (".*", *_OTHER_FORMS)):
             continue
         if path.is_dir():
             shutil.copytree(path, directory / path.name)

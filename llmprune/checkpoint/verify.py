@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.checkpoint.carry import INDEX, WEIGHTS
 from llmprune.checkpoint.layout import SavedWeight, digest
 from llmprune.checkpoint.packed import Entry, dense_tensor, index_name, packed_entries
 from llmprune.checkpoint.probe import Probe, logits_of
 from llmprune.checkpoint.report import Report
+from llmprune.checkpoint.stream import INDEX, WEIGHTS
 from llmprune.errors import UserError, VerificationError
-from llmprune.model import shelf_of
+from llmprune.model import quiet_transformers, shelf_of
 from llmprune.model.load import from_files
 from llmprune.results import PrunedWeight
 from llmprune.sparsity.pattern import NM, parse_pattern
@@ -269,7 +269,8 @@ def _check_config(directory: Path) -> tuple[Check, dict[str, Entry]]:
 def _check_reload(directory: Path, report: Report, probe: Probe | None, options: Mapping[str, Any]) -> Iterator[Check]:
     arguments = probe.loading if probe is not None else {"dtype": "auto"}
     try:
-        model, info = from_files(directory, **options, **arguments)
+        with quiet_transformers():
+            model, info = from_files(directory, **options, **arguments)
     except Exception as error:  # whatever a reader would meet is what we want to know
         yield Check("transformers loads it", 1, (f"{type(error).__name__}: {error}",))
         return

@@ -65,7 +65,7 @@ def prune(
 
 def _split(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     evaluation: dict[str, Any] = {}
-    for name in ("eval_tokens", "eval_seq_len"):
+    for name in ("eval_tokens", "eval_seq_len", "eval_tasks", "eval_data", "eval_limit"):
         if name in settings:
             evaluation[name] = settings.pop(name)
     own = set(Job.__dataclass_fields__) - {"model", "config", "evaluation", "dataset", "tokenizer", "output_dir"}

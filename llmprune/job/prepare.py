@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from llmprune.checkpoint import hub
+from llmprune.checkpoint.hub import Destination, check_access
 from llmprune.checkpoint.target import check_output
 from llmprune.config import EvaluationConfig, PruneConfig
-from llmprune.data import Corpus, bos_token, calibration_windows, load_corpus
+from llmprune.data import bos_token, calibration_windows, load_corpus
 from llmprune.errors import UserError
-from llmprune.eval.perplexity import default_seq_len
+from llmprune.eval.measure import Wanted
+from llmprune.eval.perplexity import CPU_TOKENS, default_seq_len
+from llmprune.eval.zero_shot import check_zero_shot
 from llmprune.job.request import Job
 from llmprune.machine import free_bytes
 from llmprune.model import Loaded, load, shelf_of, stored_bytes
@@ -24,38 +26,46 @@ __all__ = [
     "Settled",
     "calibration",
     "check_early",
-    "evaluation_texts",
     "load_model",
     "rests_on_disk",
     "settle",
     "target_path",
+    "wanted_measures",
 ]
-
-CPU_EVAL_TOKENS = 16_384
-"""Tokens of each data set that an evaluation on a CPU reads by default: minutes, not hours."""
 
 FITS = 0.8
 """A model is loaded whole if its files are no larger than this share of the free memory."""
+
+AT_ONCE = 8
+"""Windows of an evaluation per forward of a model that rests on disk: every forward reads all its weights."""
 
 CHARACTERS_PER_TOKEN = 64
 """How much text is read for each calibration token, so that the seed has a choice (a token has 3 to 5 characters)."""
 
 
-def check_early(job: Job) -> str | None:
-    """What needs no model: the output, and access to the Hub. Returns the repository to push to, if any."""
+def check_early(job: Job) -> Destination | None:
+    """What needs no model: the output, and access to the Hub. Returns where to push to, if anywhere."""
     if job.format not in ("dense", "packed"):
         raise UserError(f"format is one of dense, packed; got {job.format!r}.")
     if job.format == "packed" and job.output_dir is None and not job.default_output:
         raise UserError("format 'packed' is about what is saved: give output_dir too.")
     _check_scale(job)
+    check_zero_shot(job.evaluation.eval_tasks, job.evaluation.task_data, job.evaluation.eval_limit)
     if job.output_dir is not None:
         source = Path(job.model) if isinstance(job.model, str) and Path(job.model).is_dir() else None
         check_output(job.output_dir, overwrite=job.overwrite, source=source, need_bytes=0)
+    return _check_push(job)
+
+
+def _check_push(job: Job) -> Destination | None:
     if job.push_to_hub is None:
+        if job.hub_private_repo or job.hub_revision is not None or job.hub_create_pr:
+            raise UserError("hub_private_repo, hub_revision and hub_create_pr are about a push: give push_to_hub too.")
         return None
+    asked = Destination(job.push_to_hub, job.hub_private_repo, job.hub_revision, job.hub_create_pr)
     if job.output_dir is None and not job.default_output:
         raise UserError("pushing needs a saved and verified checkpoint: give output_dir too.")
-    return hub.check_access(job.push_to_hub or None, _default_name(job.config, _base_name(job.model)))
+    return check_access(asked, _default_name(job.config, _base_name(job.model)))
 
 
 def _check_scale(job: Job) -> None:
@@ -123,7 +133,7 @@ def settle(job: Job, loaded: Loaded, device: torch.device, say: Callable[[str], 
         config = replace(config, num_samples=min(config.num_samples, len(job.dataset)))
     tokens = job.evaluation.eval_tokens
     if tokens is None and device.type == "cpu" and job.evaluation.eval_dataset:
-        tokens = max(CPU_EVAL_TOKENS, seq_len)
+        tokens = max(CPU_TOKENS, seq_len)
         say(f"On a CPU, perplexity is measured on the first {tokens:,} tokens of each data set (--eval-tokens).")
     evaluation = replace(job.evaluation, eval_tokens=tokens, eval_seq_len=job.evaluation.eval_seq_len or seq_len)
     return Settled(config, evaluation, _target(job, loaded))
@@ -170,20 +180,27 @@ def calibration(job: Job, config: PruneConfig, loaded: Loaded) -> tuple[torch.Te
     return windows, origin
 
 
-def evaluation_texts(evaluation: EvaluationConfig, loaded: Loaded) -> list[Corpus]:
-    """The texts to measure perplexity on."""
-    tokens = evaluation.eval_tokens
-    if evaluation.eval_dataset and loaded.tokenizer is None:
+def wanted_measures(evaluation: EvaluationConfig, config: PruneConfig, loaded: Loaded) -> Wanted:
+    """What to measure before and after, with the texts for perplexity."""
+    if evaluation.asks_for_something and loaded.tokenizer is None:
         raise UserError("evaluation needs the model's tokenizer: give tokenizer=… too, or no eval_dataset.")
-    return [
-        load_corpus(
-            name,
-            purpose="evaluation",
-            tokenizer=loaded.tokenizer,
-            enough_characters=None if tokens is None else CHARACTERS_PER_TOKEN * tokens,
-        )
-        for name in evaluation.eval_dataset
-    ]
+    tokens = evaluation.eval_tokens
+    enough = None if tokens is None else CHARACTERS_PER_TOKEN * tokens
+    rests = shelf_of(loaded.model) is not None
+    return Wanted(
+        [
+            load_corpus(name, purpose="evaluation", tokenizer=loaded.tokenizer, enough_characters=enough)
+            for name in evaluation.eval_dataset
+        ],
+        tokens=tokens,
+        seq_len=evaluation.eval_seq_len,
+        bos=config.bos,  # type: ignore[arg-type]
+        batch_size=AT_ONCE if rests else None,
+        generations=not rests,
+        tasks=evaluation.eval_tasks,
+        data=evaluation.task_data,
+        limit=evaluation.eval_limit,
+    )
 
 
 def target_path(job: Job, base: str | None = None) -> Path | None:

@@ -21,6 +21,7 @@ class Job:
     output_dir : where the checkpoint goes; None: it is not saved
     format : "dense", zeros stored as any number, which everything reads; or "packed", without them
     push_to_hub : repository id, "" for the default name in one's own namespace, None: no push
+    hub_private_repo, hub_revision, hub_create_pr : as in `llmprune.checkpoint.hub.Destination`
     low_memory : leave the weights on disk, and bring them into memory one decoder layer at a time; None: if the model
         does not fit
     activations_dir : where hidden states go, into mapped files, in place of memory
@@ -44,6 +45,8 @@ class Job:
     format: str = "dense"
     push_to_hub: str | None = None
     hub_private_repo: bool = False
+    hub_revision: str | None = None
+    hub_create_pr: bool = False
     low_memory: bool | None = None
     activations_dir: Path | None = None
     resume: str = "auto"
@@ -70,6 +73,7 @@ class PruneResult:
     model : pruned, in memory; None where its weights were left on disk
     report : what was done and measured
     directory, url : where it was saved and pushed
+    commit : id of the Hub's commit that holds it
     dense_bytes : of the files with weights before they were packed; None where they were not
     """
 
@@ -78,4 +82,5 @@ class PruneResult:
     report: Report
     directory: Path | None = None
     url: str | None = None
+    commit: str | None = None
     dense_bytes: int | None = None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,26 +14,29 @@ from typing import Any
 import torch
 
 import llmprune
-from llmprune.checkpoint import hub
+from llmprune.checkpoint.base_card import read_base_card
+from llmprune.checkpoint.card import write_card
 from llmprune.checkpoint.convert import pack_files
+from llmprune.checkpoint.hub import Destination
 from llmprune.checkpoint.layout import fingerprint, saved_ties
 from llmprune.checkpoint.partial import Partial
 from llmprune.checkpoint.probe import take_probe
-from llmprune.checkpoint.report import REPORT, Report, command_line, describe_tensors, tool_versions, totals
+from llmprune.checkpoint.provenance import command_line, describe_model, now, tool_versions
+from llmprune.checkpoint.push import push
+from llmprune.checkpoint.report import REPORT, Report, describe_tensors, totals
 from llmprune.checkpoint.save import check_generation_config, write
 from llmprune.checkpoint.target import publish, write_errors
 from llmprune.checkpoint.verify import SAME_LOGITS, Verification, verify
-from llmprune.data import Corpus
 from llmprune.errors import HubError, LlmpruneError
-from llmprune.eval.perplexity import Perplexity, evaluate
+from llmprune.eval.measure import Measured, Measures
 from llmprune.job.prepare import (
     calibration,
     check_early,
-    evaluation_texts,
     load_model,
     rests_on_disk,
     settle,
     target_path,
+    wanted_measures,
 )
 from llmprune.job.request import Job, Observer, PruneResult
 from llmprune.job.safepoints import SafePoints, run_fingerprint
@@ -45,9 +47,6 @@ from llmprune.pipeline import Pruned, Survey, prune_layers, survey_model
 from llmprune.walk.mapped import mapped
 
 __all__ = ["run"]
-
-AT_ONCE = 8
-"""Windows of an evaluation per forward of a model that rests on disk: every forward reads all its weights."""
 
 
 def run(job: Job, observer: Observer | None = None, *, stop: Stop | None = None) -> PruneResult:
@@ -68,17 +67,18 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.dense_bytes: int | None = None
+        self.destination: Destination | None = None
         self.hollow = False
         self.device = device_named(job.device)
         path = target_path(job)
         self.partial = Partial(path) if path is not None else None
 
     def go(self) -> PruneResult:
-        repo = check_early(self.job)
+        self.destination = check_early(self.job)
         if self.partial is None:
-            return self._go(repo)
+            return self._go()
         try:
-            return self._go(repo)
+            return self._go()
         except LlmpruneError as error:
             error.args = (" ".join(filter(None, (str(error), self.partial.told))), *error.args[1:])
             raise
@@ -88,7 +88,7 @@ class _Run:
         finally:
             self.partial.tidy()
 
-    def _go(self, repo: str | None) -> PruneResult:
+    def _go(self) -> PruneResult:
         with self._stage("load"):
             loaded = self._load()
             settled = settle(self.job, loaded, self.device, self.observer.say)
@@ -96,22 +96,22 @@ class _Run:
             self.notes += [*loaded.notes, *check_generation_config(loaded.model)]
         with self._stage("read texts"):
             windows, self.origin = calibration(self.job, self.config, loaded)
-            corpora = evaluation_texts(self.evaluation, loaded)
+            measures = Measures(wanted_measures(self.evaluation, self.config, loaded), self.observer.evaluated)
         with self._stage("survey"):
             survey = survey_model(loaded.model, windows, self.config, device=self.device)
             digests = fingerprint(loaded.model)
             self._open(digests, windows)
-        before = self._before(loaded, corpora)
+        before = self._evaluate("evaluate dense", loaded, measures.dense)
         with self._stage("prune"):
             pruned = self._prune(loaded, windows, survey)
-        report = self._report(loaded, pruned, digests, before)
+        report = self._report(loaded, pruned, digests, before.plain_rows())
         if target is not None:
             with self._stage("save and verify"), quiet_transformers():
                 report = self._save(loaded, report, target)
             assert self.partial is not None
             self.partial.spend()
         try:
-            return self._finish(loaded, report, corpora=corpora, target=target, repo=repo)
+            return self._finish(loaded, report, measures=measures, target=target)
         except KeyboardInterrupt as interrupt:
             raise Stopped(getattr(interrupt, "code", 130), saved=str(target or "")) from None
         finally:
@@ -133,17 +133,6 @@ class _Run:
         if self.partial.layers:
             self.observer.say(f"Going on from a safe point: {self.partial.told.partition(':')[0]}.")
             self.notes.append(f"went on from a safe point after layer {self.partial.committed}")
-
-    def _before(self, loaded: Loaded, corpora: Sequence[Corpus]) -> tuple[dict[str, Any], ...]:
-        """What is measured of the dense model, unless an earlier run has measured it."""
-        asked = asdict(self.evaluation)
-        known = self.partial.before if self.partial is not None else None
-        if known is not None and known["asked"] == json.loads(json.dumps(asked)):
-            return tuple(known["found"])
-        found = self._evaluate("evaluate dense", loaded, corpora)
-        if self.partial is not None:
-            self.partial.before = {"asked": asked, "found": list(found)}
-        return found
 
     def _prune(self, loaded: Loaded, windows: torch.Tensor, survey: Survey) -> Pruned:
         """Prune, with safe points if there is an output beside which they can lie."""
@@ -176,43 +165,38 @@ class _Run:
 
         return keep
 
-    def _finish(
-        self, loaded: Loaded, report: Report, *, corpora: list[Corpus], target: Path | None, repo: str | None
-    ) -> PruneResult:
+    def _finish(self, loaded: Loaded, report: Report, *, measures: Measures, target: Path | None) -> PruneResult:
         """What comes after the model is safe: the second evaluation and the push."""
-        after = self._evaluate("evaluate pruned", loaded, corpora)
-        report = replace(report, after=after, seconds=dict(self.seconds), peak_memory_bytes=peak_memory(self.device))
+        after = self._evaluate("evaluate pruned", loaded, measures.against)
+        report = replace(
+            report,
+            after=after.plain_rows(),
+            generations=after.plain_generations(),
+            notes=(*report.notes, *after.notes),
+            seconds=dict(self.seconds),
+            peak_memory_bytes=peak_memory(self.device),
+        )
         if target is not None:
             _replace_report(report, target)
+            write_card(target, report, name=self._card_name(target))
+            _draw_page(target)
         model = None if self.hollow else loaded.model
         result = PruneResult(model, loaded.tokenizer, report, target, dense_bytes=self.dense_bytes)
-        if target is None or repo is None:
+        if target is None or self.destination is None:
             return result
         try:
             with self._stage("push"):
-                return replace(result, url=hub.push(target, repo, private=self.job.hub_private_repo))
+                pushed = push(target, self.destination, say=self.observer.say)
+                return replace(result, url=pushed.url, commit=pushed.commit)
         except HubError as error:
             error.result = result
             raise
 
-    def _evaluate(self, stage: str, loaded: Loaded, corpora: Sequence[Corpus]) -> tuple[dict[str, Any], ...]:
-        if not corpora:
-            return ()
+    def _evaluate(self, stage: str, loaded: Loaded, measure: Callable[[Any, Any], Measured]) -> Measured:
+        if not self.evaluation.asks_for_something:
+            return Measured(())
         with self._stage(stage), nullcontext() if self.hollow else placed(loaded.model, self.device):
-            results: list[Perplexity] = [
-                evaluate(
-                    loaded.model,
-                    loaded.tokenizer,
-                    corpus,
-                    tokens=self.evaluation.eval_tokens,
-                    seq_len=self.evaluation.eval_seq_len,
-                    batch_size=AT_ONCE if self.hollow else None,
-                    bos=self.config.bos,  # type: ignore[arg-type]
-                    progress=self.observer.evaluated,
-                )
-                for corpus in corpora
-            ]
-        return tuple(asdict(result) for result in results)
+            return measure(loaded.model, loaded.tokenizer)
 
     def _report(
         self, loaded: Loaded, pruned: Pruned, digests: dict[str, str], before: tuple[dict[str, Any], ...]
@@ -222,7 +206,7 @@ class _Run:
             versions=tool_versions(self.device),
             command=command_line(),
             config={**asdict(self.config), **asdict(self.evaluation), "dtype": self.job.dtype},
-            source={"id": loaded.name, "revision": loaded.revision, "calibration": self.origin},
+            source=self._source(loaded),
             pruned=tuple(pruned.weights),
             skipped=tuple(pruned.skipped),
             tuned=tuple(pruned.tuned),
@@ -233,16 +217,28 @@ class _Run:
             seconds=dict(self.seconds),
             peak_memory_bytes=peak_memory(self.device),
             notes=tuple(self.notes),
+            created=now(),
+            model=describe_model(loaded.model, loaded.base_name),
         )
+
+    def _source(self, loaded: Loaded) -> dict[str, Any]:
+        card = read_base_card(loaded.directory, hub_id=loaded.name if loaded.revision is not None else None)
+        return {"id": loaded.name, "revision": loaded.revision, "calibration": self.origin, "card": card}
+
+    def _card_name(self, target: Path) -> str:
+        """What the card tells people to load."""
+        return target.name if self.destination is None else self.destination.repo_id
 
     def _save(self, loaded: Loaded, report: Report, target: Path) -> Report:
         with publish(target, overwrite=self.job.overwrite) as directory:
             if self.job.format == "dense":
-                return self._write_and_prove(loaded, report, directory)
-            dense = directory / ".dense"
-            dense.mkdir()
-            report = self._write_and_prove(loaded, report, dense)
-            return self._pack(dense, directory, report)
+                report = self._write_and_prove(loaded, report, directory)
+            else:
+                dense = directory / ".dense"
+                dense.mkdir()
+                report = self._pack(dense, directory, self._write_and_prove(loaded, report, dense))
+            write_card(directory, report, name=self._card_name(target))
+            return report
 
     def _pack(self, dense: Path, directory: Path, report: Report) -> Report:
         """Pack the proved checkpoint in `dense` into `directory`, prove that too, and remove `dense`."""
@@ -309,3 +305,10 @@ def _replace_report(report: Report, directory: Path) -> None:
     scratch.mkdir(exist_ok=True)
     report.write(scratch).replace(directory / REPORT)
     scratch.rmdir()
+
+
+def _draw_page(directory: Path) -> None:
+    """The report as a page, beside it."""
+    from llmprune.report.page import write_page  # brings matplotlib, which nothing before this point needs
+
+    write_page(directory)

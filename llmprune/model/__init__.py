@@ -8,7 +8,7 @@ shelf.py       weights that rest on disk while it is not their turn
 
 from __future__ import annotations
 
-from llmprune.model.load import DTYPES, Loaded, load, quiet_transformers
+from llmprune.model.load import DTYPES, Loaded, check_model, load, quiet_transformers
 from llmprune.model.shelf import Shelf, shelf_of
 from llmprune.model.size import stored_bytes
 from llmprune.model.structure import Decoder, find_decoder, max_seq_len
@@ -18,6 +18,7 @@ __all__ = [
     "Decoder",
     "Loaded",
     "Shelf",
+    "check_model",
     "find_decoder",
     "load",
     "max_seq_len",

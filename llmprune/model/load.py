@@ -28,6 +28,7 @@ from llmprune.model.structure import decoder_of
 __all__ = [
     "DTYPES",
     "Loaded",
+    "check_model",
     "demo_path",
     "dequantization",
     "from_files",
@@ -52,8 +53,9 @@ HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 SIDE_FILES = [
     *("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*processor_config.json", "tokenizer.model"),
     "*.safetensors.index.json",
+    "README.md",
 ]
-"""What `llmprune.checkpoint.carry` looks for beside the files that transformers has fetched."""
+"""What `llmprune.checkpoint` looks for beside the files that transformers has fetched: to carry it over, or to read."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +101,10 @@ def load(
         if there is no such model, it needs trust_remote_code, its quantization cannot be undone, or it is a quantized
         one that shall rest on disk.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
-    path = demo_path() if name == "demo" and not Path(name).exists() else Path(name)
-    if revision is not None and path.exists():
-        raise UserError(f"--revision is for models of the Hub; {name} is on this machine, so leave it out.")
+    path = _located(name, revision, dtype)
     if path.suffix == ".gguf":
         _require_plain(name, "a GGUF file", rest_on_disk)
         return _load_gguf(path, name, dtype)
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
-        what = "is a file, not a directory or .gguf file" if path.exists() else "does not exist"
-        raise UserError(f"--model is a hub id, a directory or a .gguf file; {name} {what}.")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with told_clearly(name), quiet_transformers():
         config = AutoConfig.from_pretrained(name, revision=revision, **options)
@@ -156,9 +151,33 @@ def _require_plain(name: str, kind: str, rest_on_disk: Path | None) -> None:
         )
 
 
+def check_model(
+    name: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> None:
+    """Raise what `load` would raise of a model that is not there or cannot be dequantized, without its weights."""
+    if _located(name, revision, dtype).suffix != ".gguf":
+        with told_clearly(name), quiet_transformers():
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            dequantization(config, name)
+
+
+def _located(name: str, revision: str | None, dtype: str) -> Path:
+    """The path that a name stands for, which exists unless it is a hub id."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
+    path = demo_path() if name == "demo" and not Path(name).exists() else Path(name)
+    if revision is not None and path.exists():
+        raise UserError(f"--revision is for models of the Hub; {name} is on this machine, so leave it out.")
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"--model: the GGUF file {path} does not exist.")
+    elif not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
+        what = "is a file, not a directory or .gguf file" if path.exists() else "does not exist"
+        raise UserError(f"--model is a hub id, a directory or a .gguf file; {name} {what}.")
+    return path
+
+
 def _load_gguf(path: Path, name: str, dtype: str) -> Loaded:
-    if not path.is_file():
-        raise UserError(f"--model: the GGUF file {path} does not exist.")
     # transformers draws its bar for dequantizing a GGUF whatever the settings are.
     with told_clearly(name), quiet_transformers(), redirect_stderr(io.StringIO()):
         kind = None if dtype == "auto" else dtype

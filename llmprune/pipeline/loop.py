@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmprune.config import PruneConfig
 from llmprune.errors import LlmpruneError
 from llmprune.machine import free_bytes, give_back_memory
-from llmprune.pipeline.distill import distill, predictions
+from llmprune.pipeline.distill import Predictions, distill, predictions
 from llmprune.pipeline.groups import Place, prune_group, recounted
 from llmprune.pipeline.masks import StoredMasks
 from llmprune.pipeline.permute import PROOF_TOKENS, Permuter
@@ -66,6 +66,9 @@ class Watcher:
 
     def layer_done(self, index: int) -> None:
         """A layer is finished."""
+
+    def distilled(self, done: int, total: int) -> None:
+        """So many steps of the distillation are done, of `total` at most."""
 
 
 def prune_layers(
@@ -128,10 +131,7 @@ def prune_layers(
             watcher.layer_done(index)
         sink.all_finished()
         if config.distill:
-            loop.pruned.hidden = []
-            result.tuned.append(
-                distill(model, batches, wanted, masks=loop.masks, held_out=loop.held_out, passes=config.distill)
-            )
+            result.tuned.append(loop.distill(wanted, watcher))
             watcher.tuned(result.tuned[-1])
             result.weights = recounted(model, result.weights)
     return result
@@ -161,6 +161,7 @@ class _Loop:
         device: torch.device,
         keep: Callable[[Tensor], Tensor] | None,
     ) -> None:
+        self.model, self.batches = model, batches
         self.config, self.survey, self.device, self.keep = config, survey, device, keep
         self.plan, self.recipe = plan, config.recipe
         self.masks: dict[str, Tensor] = {}
@@ -241,13 +242,28 @@ class _Loop:
         if self.permuter is None:
             return set()
         prefix, schedule = self.survey.decoder.prefixes[index], self.survey.schedules[index]
-        moved = self.permuter.permute(layer, index, schedule, self.pruned.hidden, caller(self.pruned, index))
+        moved = self.permuter.permute(
+            layer, index, schedule, hidden=self.pruned.hidden, call=caller(self.pruned, index)
+        )
         scheduled = {key.parameter for station in schedule.stations for key in station.weights}
         return {prefix + name for name in moved - scheduled}
 
     def _record(self, model: nn.Module, batches: list[Tensor]) -> Recording:
         decoder, forms = self.survey.decoder, self.survey.forms
         return record_layers(model, decoder, batches, self.device, keep=self.keep, forms=forms)
+
+    def distill(self, wanted: list[Predictions], watcher: Watcher) -> TunedPart:
+        """Tune what all layers have kept, together, towards these predictions of the dense model."""
+        self.pruned.hidden = []
+        return distill(
+            self.model,
+            self.batches,
+            wanted,
+            masks=self.masks,
+            held_out=self.held_out,
+            passes=self.config.distill or 0,
+            progress=watcher.distilled,
+        )
 
     def _permuter(self, model: nn.Module, batches: list[Tensor]) -> Permuter | None:
         if not self.config.permute:

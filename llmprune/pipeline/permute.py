@@ -47,16 +47,24 @@ class Permuter:
         layer: nn.Module,
         index: int,
         schedule: Schedule,
+        *,
         hidden: Sequence[Tensor],
         call: Callable[[nn.Module, Tensor, int], Tensor],
     ) -> set[str]:
-        """Change places in a layer that is still dense; returns the names of the parameters that changed."""
+        """Change places in a layer that is still dense.
+
+        hidden, call : the layer's inputs, one batch each, and how it is called with one of them: (layer, states, batch)
+
+        Returns
+        -------
+        names of the parameters that changed
+        """
         window = self.proof.hidden[0]
         freedoms = find_freedoms(
             layer, lambda copied: self.proof.calls[index][0](copied, window), schedule.input_axes, self.known
         )
         self.proof.calls[index] = []
-        norms = self._norms(layer, freedoms, hidden[:WINDOWS], call)
+        norms = self._norms(layer, freedoms, hidden=hidden[:WINDOWS], call=call)
         changed: set[str] = set()
         for freedom in freedoms:
             scores = _weight(layer, freedom, schedule).float().square()
@@ -72,6 +80,7 @@ class Permuter:
         self,
         layer: nn.Module,
         freedoms: Sequence[Freedom],
+        *,
         hidden: Sequence[Tensor],
         call: Callable[[nn.Module, Tensor, int], Tensor],
     ) -> dict[str, FeatureNorm]:

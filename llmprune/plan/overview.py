@@ -11,11 +11,11 @@ from typing import Any
 import psutil
 import torch
 
-from llmprune.checkpoint.report import command_line, tool_versions
+from llmprune.checkpoint.provenance import command_line, tool_versions
 from llmprune.config import EvaluationConfig, PruneConfig
 from llmprune.errors import UserError
-from llmprune.eval.perplexity import default_seq_len
-from llmprune.job.prepare import CPU_EVAL_TOKENS, FITS
+from llmprune.eval.perplexity import CPU_TOKENS, default_seq_len
+from llmprune.job.prepare import FITS
 from llmprune.machine import compute_dtype, device_named, free_bytes, held_bytes
 from llmprune.pipeline.plan import Plan, make_plan
 from llmprune.plan.duration import Duration, duration_of
@@ -197,7 +197,7 @@ def _settled(request: Request, model: Any, device: torch.device) -> tuple[PruneC
         raise UserError(f"--seq-len may be at most {longest} for this model; got {seq_len}.")
     tokens = request.evaluation.eval_tokens
     if tokens is None and device.type == "cpu":
-        tokens = max(CPU_EVAL_TOKENS, seq_len)
+        tokens = max(CPU_TOKENS, seq_len)
     length = request.evaluation.eval_seq_len or seq_len
     return replace(request.config, seq_len=seq_len), replace(
         request.evaluation, eval_tokens=tokens, eval_seq_len=length

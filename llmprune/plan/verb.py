@@ -11,6 +11,7 @@ import click
 
 from llmprune.config import EvaluationConfig, PruneConfig
 from llmprune.machine import keep_memory_together
+from llmprune.options import Titled
 from llmprune.plan.overview import Request, forecast
 from llmprune.plan.show import show_forecast
 
@@ -27,25 +28,13 @@ TAKEN = {f.name for kind in (PruneConfig, EvaluationConfig, Request) for f in fi
 """Names of the options of a run that a plan knows what to do with."""
 
 
-class _Titled(click.Command):
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Options under the headings that a run's help has them under."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if (row := parameter.get_help_record(ctx)) is not None:
-                sections.setdefault(getattr(parameter, "title", "Other"), []).append(row)
-        for title, rows in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(rows)
-
-
 def command(options: Sequence[click.Parameter]) -> click.Command:
     """The command, made from those of a run."""
     also = {"no_eval", "config_file"}
     taken = [option for option in options if option.name in TAKEN | also]
     every = click.Option(["--all", "every"], is_flag=True, help="A line for every weight, equal ones not folded.")
     as_json = click.Option(["--json", "as_json"], is_flag=True, help="Print everything as JSON on standard output.")
-    return _Titled("plan", params=[*taken, every, as_json], callback=_plan, help=HELP)
+    return Titled("plan", params=[*taken, every, as_json], callback=_plan, help=HELP)
 
 
 def _plan(*, no_eval: bool, every: bool, as_json: bool, **options: Any) -> None:

@@ -6,6 +6,7 @@ import_hook.py          acts when transformers is imported, so that importing ll
 registration.py         has transformers know the plugin
 transformers_plugin.py  `quant_method: "llmprune"` for from_pretrained and save_pretrained
 placement.py            where each packed tensor of a checkpoint goes in a model
+no_gradient.py          what asks a packed model for a gradient is told that there is none
 unpack_on_load.py       what no sparse product can use (fused experts) becomes dense while it is loaded
 sparsify.py             a dense model's sparse linears packed in memory, and back
 
@@ -16,7 +17,8 @@ timing.py               what `llmprune tune` measured on this machine
 paths.py                the ways to multiply: CPU kernel, expand and multiply, held dense
 paths_cuda.py           the ways on a GPU
 scratch.py              one dense buffer that all layers share
-cpu.py                  the CPU kernel (cpu_kernel.cpp, cpu_rows.cpp), compiled at first use by cpu_build.py
+cpu.py                  the CPU kernel, compiled at first use by cpu_build.py: torch operators in cpu_kernel.cpp, rows
+                        in cpu_rows.cpp, instructions in cpu_vectors.h
 
 opening.py              a model to run, packed or dense, and its tokenizer
 generate.py             `llmprune generate`

@@ -31,11 +31,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _LIBRARY = torch.library.Library("llmprune", "FRAGMENT")
 _LIBRARY.define(
-    "cpu_matmul(Tensor x, Tensor values, Tensor index, Tensor? starts, Tensor? bias, int in_features, int level=0)"
+    "cpu_matmul(Tensor x, Tensor values, Tensor index, Tensor? starts, Tensor? bias, *, int in_features, int level=0)"
     " -> Tensor"
 )
 _LIBRARY.define(
-    "cpu_expand(Tensor values, Tensor index, Tensor? starts, int in_features, Tensor(a!) out, int level=0) -> ()"
+    "cpu_expand(Tensor values, Tensor index, Tensor? starts, Tensor(a!) out, *, int in_features, int level=0) -> ()"
 )
 
 _loading = threading.Lock()
@@ -84,7 +84,8 @@ def matmul(
     (..., rows), of x's dtype. No gradient.
     """
     number = _number(level)
-    y: Tensor = torch.ops.llmprune.cpu_matmul.default(x, values, index, starts, bias, in_features, number)
+    product = torch.ops.llmprune.cpu_matmul.default
+    y: Tensor = product(x, values, index, starts, bias, in_features=in_features, level=number)
     return y
 
 
@@ -104,7 +105,7 @@ def expand(
     number = _number(level)
     if out is None:
         out = values.new_empty(index.shape[0], in_features)
-    torch.ops.llmprune.cpu_expand.default(values, index, starts, in_features, out, number)
+    torch.ops.llmprune.cpu_expand.default(values, index, starts, out, in_features=in_features, level=number)
     return out
 
 
@@ -165,8 +166,9 @@ def _matmul_by_unpacking(
     x: Tensor,
     values: Tensor,
     index: Tensor,
-    starts: Tensor | None,
+    _starts: Tensor | None,
     bias: Tensor | None,
+    *,
     in_features: int,
     level: int = 0,
 ) -> Tensor:
@@ -174,31 +176,14 @@ def _matmul_by_unpacking(
 
 
 def _expand_by_unpacking(
-    values: Tensor, index: Tensor, starts: Tensor | None, in_features: int, out: Tensor, level: int = 0
+    values: Tensor, index: Tensor, _starts: Tensor | None, out: Tensor, *, in_features: int, level: int = 0
 ) -> None:
     expand_torch(values, index, in_features=in_features, out=out)
 
 
-# What torch.compile asks: shapes, without computing.
-
-
-def _shape_of_matmul(
-    x: Tensor,
-    values: Tensor,
-    index: Tensor,
-    starts: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    level: int = 0,
-) -> Tensor:
+def _shape_of_matmul(x: Tensor, _values: Tensor, index: Tensor, *_others: Tensor | None, **_settings: int) -> Tensor:
+    """What torch.compile asks: the result's shape, without computing."""
     return x.new_empty(*x.shape[:-1], index.shape[0])
 
 
-def _shape_of_expand(
-    values: Tensor, index: Tensor, starts: Tensor | None, in_features: int, out: Tensor, level: int = 0
-) -> None:
-    return None
-
-
 torch.library.register_fake("llmprune::cpu_matmul", _shape_of_matmul, lib=_LIBRARY)
-torch.library.register_fake("llmprune::cpu_expand", _shape_of_expand, lib=_LIBRARY)

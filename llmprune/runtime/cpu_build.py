@@ -37,7 +37,7 @@ LEVELS = {
 """Flags of each instruction set that the arithmetic is compiled for."""
 
 _FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden"]
-_SOURCES = ("cpu_kernel.cpp", "cpu_rows.cpp", "cpu_rows.h")
+_SOURCES = ("cpu_kernel.cpp", "cpu_rows.cpp", "cpu_rows.h", "cpu_vectors.h")
 
 
 class CannotBuild(Exception):

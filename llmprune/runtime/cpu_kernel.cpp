@@ -147,8 +147,8 @@ Tensor cpu_matmul(const Tensor& x, const Tensor& values, const Tensor& index, co
   return y;
 }
 
-void cpu_expand(const Tensor& values, const Tensor& index, const OptionalTensor& starts, int64_t in_features,
-                const Tensor& out, int64_t level) {
+void cpu_expand(const Tensor& values, const Tensor& index, const OptionalTensor& starts, const Tensor& out,
+                int64_t in_features, int64_t level) {
   const Matrix matrix = matrix_of(values, index, starts, in_features);
   TORCH_CHECK(out.is_contiguous() && out.scalar_type() == values.scalar_type() && out.dim() == 2 &&
                   out.size(0) == index.size(0) && out.size(1) == in_features,

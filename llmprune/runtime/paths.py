@@ -54,7 +54,7 @@ def _kernel(weight: SparseWeight) -> Path:
     in_features = weight.in_features
 
     def path(x: Tensor) -> Tensor:
-        y: Tensor = product(x, values, index, starts, bias, in_features)
+        y: Tensor = product(x, values, index, starts, bias, in_features=in_features)
         return y
 
     return path

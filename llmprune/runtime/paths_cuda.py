@@ -33,9 +33,6 @@ CUSPARSELT = "cusparselt"
 
 HALF = (torch.bfloat16, torch.float16)
 
-MOST_INPUTS, MOST_VALUES = 2**16, 2**31
-"""Of a weight as bitmap: its counts have 16 bits, its places 32."""
-
 CUSPARSELT_TOKENS = 64
 """From how many tokens NVIDIA's library is worth timing; below, it pads."""
 
@@ -52,8 +49,7 @@ def paths(weight: SparseWeight, tokens: int) -> dict[str, Callable[[], Path]]:
         return {}
     if weight.pattern == "2:4":
         return _paths_24(weight, tokens)
-    fits = weight.in_features <= MOST_INPUTS and weight.values.numel() < MOST_VALUES
-    return _paths_any(weight, tokens) if fits else {}
+    return _paths_any(weight, tokens) if _fits_bitmap(weight) else {}
 
 
 def expand(weight: SparseWeight, out: Tensor) -> Tensor:
@@ -63,7 +59,7 @@ def expand(weight: SparseWeight, out: Tensor) -> Tensor:
 
     if weight.pattern == "2:4" and weight.dtype in HALF:
         return decompress_24(weight.values, weight.index, out=out)
-    if weight.in_features <= MOST_INPUTS and weight.values.numel() < MOST_VALUES:
+    if _fits_bitmap(weight):
         return decompress_bitmap(weight.once(_bitmap), out=out)
     return unpack(weight.packed, out)
 
@@ -94,6 +90,12 @@ def _kernel_24(weight: SparseWeight, config: str | None) -> Path:
 def _cusparselt(weight: SparseWeight) -> Path:
     sparse = torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(unpack(weight.packed))
     return lambda x: F.linear(x, sparse, weight.bias)
+
+
+def _fits_bitmap(weight: SparseWeight) -> bool:
+    from llmprune.triton_kernels.pack_bitmap import MOST_INPUTS, MOST_VALUES
+
+    return weight.in_features <= MOST_INPUTS and weight.values.numel() < MOST_VALUES
 
 
 def _paths_any(weight: SparseWeight, tokens: int) -> dict[str, Callable[[], Path]]:

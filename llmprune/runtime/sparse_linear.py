@@ -154,7 +154,7 @@ class SparseLinear(nn.Module):
 
     def _prepare(self) -> None:
         weight = self.weight
-        self._weight = SparseWeight(weight.data, self.weight_index, self.bias, self.pattern, self.in_features)
+        self._weight = SparseWeight(self.packed(), self.bias)
         self._paths = [None] * 64
         self._dtype = weight.dtype
         self.__dict__["_source"] = weight  # past nn.Module, which would make it a second parameter

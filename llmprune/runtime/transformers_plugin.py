@@ -32,6 +32,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmprune.errors import UserError
+from llmprune.runtime.no_gradient import refuse_backward
 from llmprune.runtime.weight import UNPACKED
 from llmprune.sparsity.pack import ANY
 
@@ -150,6 +151,7 @@ class LlmpruneQuantizer(HfQuantizer):
         setattr(model, UNPACKED, len(self._placement.dense))
         if sparse_linears(model):
             model.requires_grad_(False)
+            self._refusal = model.register_forward_hook(refuse_backward)
         else:  # all became dense, so this is a dense model
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]  # transformers' own
         del self._model, self._placement, self._dtypes
@@ -171,6 +173,7 @@ class LlmpruneQuantizer(HfQuantizer):
         from llmprune.runtime.sparsify import densify
 
         densify(model)
+        self._refusal.remove()
         if dtype not in (None, model.dtype):
             model.to(dtype)
         dense: nn.Module = model.requires_grad_(True)

@@ -7,11 +7,12 @@ there a launch takes longer than a small product.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
@@ -64,10 +65,7 @@ def tune(wanted: Wanted, *, may_hold: bool = False, seconds: float = ENOUGH_SECO
     opened = open_model(wanted)
     if not opened.packed and not sparsify(opened.model):
         raise nothing_packed(opened, wanted.name)
-    weights = [
-        SparseWeight(module.weight.data, module.weight_index, module.bias, module.pattern, module.in_features)
-        for module in sparse_linears(opened.model).values()
-    ]
+    weights = [SparseWeight(module.packed(), module.bias) for module in sparse_linears(opened.model).values()]
     del opened
     yield from tune_weights(weights, may_hold=may_hold, seconds=seconds)
 
@@ -156,10 +154,19 @@ def _on_gpu(ways: list[Path], x: Tensor) -> Callable[[], float]:
 @click.option(
     "--seconds", type=float, default=ENOUGH_SECONDS, show_default=True, help="For one kind of weight and tokens."
 )
-def command(*, allow_dense: bool, seconds: float, **wanted: Any) -> None:
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print the times as JSON.")
+def command(*, allow_dense: bool, seconds: float, quiet: bool, as_json: bool, **wanted: Any) -> None:
+    every = []
     for found in tune(Wanted(**wanted), may_hold=allow_dense, seconds=seconds):
-        click.echo("\n".join(_lines(found)))
-    click.echo(f"Kept in {timing.timings_file(device_named(wanted['device']))}", err=True)
+        every.append(asdict(found))
+        if not (quiet or as_json):
+            click.echo("\n".join(_lines(found)))
+    file = timing.timings_file(device_named(wanted["device"]))
+    if as_json:
+        click.echo(json.dumps({"file": str(file), "weights": every}, indent=2))
+    elif not quiet:
+        click.echo(f"Kept in {file}", err=True)
 
 
 def _lines(found: Tuned) -> list[str]:

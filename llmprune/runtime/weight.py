@@ -23,15 +23,12 @@ Path = Callable[[Tensor], Tensor]
 
 
 class SparseWeight:
-    """Values, index and bias of a linear, (out_features, in_features).
+    """A packed weight (out_features, in_features) with its bias (out_features,) or None."""
 
-    values, index, pattern, in_features : as in `llmprune.sparsity.pack.Packed`
-    bias : (out_features,) or None
-    """
-
-    def __init__(self, values: Tensor, index: Tensor, bias: Tensor | None, pattern: str, in_features: int) -> None:
-        self.values, self.index, self.bias = values, index, None if bias is None else bias.data
-        self.pattern, self.in_features, self.out_features = pattern, in_features, index.shape[0]
+    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+        self.packed, self.bias = packed, None if bias is None else bias.data
+        self.values, self.index, self.pattern = packed.values, packed.index, packed.pattern
+        self.in_features, self.out_features = packed.in_features, packed.rows
         self._made: dict[Callable[[SparseWeight], object], object] = {}
 
     def once(self, make: Callable[[SparseWeight], T]) -> T:
@@ -45,11 +42,6 @@ class SparseWeight:
         self._made.clear()
         for name in ("dense", "starts"):
             self.__dict__.pop(name, None)
-
-    @property
-    def packed(self) -> Packed:
-        """The tensors under the names of the packed form."""
-        return Packed(self.values, self.index, self.pattern, self.in_features)
 
     @property
     def density(self) -> float:

@@ -39,8 +39,7 @@ TRUSTED = 2
 
 TIDY = 4
 """Batches between two times of tidying: activations that come and go leave holes in the heap, which are often a few
-bytes too short for the next one. On SmolLM2-135M they were 60 MB, at times 220, of 1 130 MB in all; giving them back
-costs up to a tenth of Wanda's time and nothing that could be measured of SparseGPT's."""
+bytes too short for the next one. Giving them back costs a little time, which only Wanda is fast enough to show."""
 
 
 @dataclass

@@ -107,6 +107,7 @@ def tune(
     passes: int,
     dtypes: Sequence[torch.dtype],
     learning_rate: float = LEARNING_RATE,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TunedPart:
     """Adjust `weights` in place.
 
@@ -117,6 +118,7 @@ def tune(
     held_out : batches that are not trained on but decide
     passes : at most so many times over all batches
     dtypes : in which each parameter is stored: the result is rounded to it
+    progress : called with (steps done, steps at most)
     """
     parameters = [parameter for parameter, _ in weights]
     masters = [parameter.detach().float().clone() for parameter in parameters]
@@ -137,6 +139,8 @@ def tune(
         for at in torch.randperm(len(training), generator=order).tolist():
             _step(parameters, masters, masks, optimizer, losses[training[at]])
             schedule.step()
+            if progress is not None:
+                progress(schedule.last_epoch, steps)
         now = measure()
         made += 1
         if now >= best:

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmprune.checkpoint.carry import Carried
+from llmprune.checkpoint.convert import pack_checkpoint
 from llmprune.checkpoint.save import write
-from tests.builders import FAMILIES, tiny_model
+from llmprune.model import load as load_model
+from tests.builders import FAMILIES, tiny_model, tiny_tokenizer
 
 MTP = {"model.layers.2.eh_proj.weight": torch.ones(4, 8), "model.layers.2.enorm.weight": torch.ones(4)}
 
@@ -111,6 +113,28 @@ def test_a_pruned_model_pruned_again_keeps_its_extras(tmp_path: Path) -> None:
     add_tensors(source, MTP)
     pruned_copy(source, tmp_path / "once")
     assert set(pruned_copy(tmp_path / "once", tmp_path / "twice").tensors) == set(MTP)
+
+
+@pytest.mark.parametrize("with_extra_packed", [False, True])
+def test_a_packed_source_is_as_its_dense_one(tmp_path: Path, with_extra_packed: bool) -> None:
+    """Without a report all that becomes smaller is packed, extras too."""
+    weight = torch.where(torch.arange(32).view(4, 8) % 4 < 2, 3.0, 0.0 if with_extra_packed else 1.0)
+    extras = {**MTP, "model.layers.2.eh_proj.weight": weight}
+    source = source_of("llama", tmp_path / "source")
+    held = load_file(source / "model.safetensors")
+    held["model.layers.0.mlp.up_proj.weight"][:, 8:] = 0.0
+    save_file({**held, **extras}, source / "model.safetensors", metadata={"format": "pt"})
+    tiny_tokenizer().save_pretrained(source)
+    packed = pack_checkpoint(source, tmp_path / "packed").directory
+    entries = json.loads((packed / "config.json").read_text())["quantization_config"]["weights"]
+    assert ("model.layers.2.eh_proj.weight" in entries) == with_extra_packed
+    loaded = load_model(str(packed))
+    (tmp_path / "out").mkdir()
+    carried = write(loaded.model, None, tmp_path / "out", source=packed, max_shard_size="5GB", provenance={})
+    assert carried.notes == ()
+    assert set(carried.tensors) == set(extras)
+    written = load_file(tmp_path / "out" / "model-extra.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in extras.items())
 
 
 def test_names_of_the_hubs_gpt2_are_known(tmp_path: Path) -> None:

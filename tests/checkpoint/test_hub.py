@@ -1,27 +1,19 @@
-"""The Hub's client, acted: what is asked before the work, what is sent, and every way to fail as one sentence."""
+"""May I push there? The Hub's client, acted."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from llmprune.checkpoint.hub import check_access, push
+from llmprune.checkpoint.hub import PATIENCE, Destination, check_access, limit_patience
 from llmprune.errors import HubError, UserError
-
-HTTP = HfHubHTTPError.__bases__[0]  # httpx or httpx2, whichever the client uses
-TOKEN = "s3cret-of-an-own-hub"
-OTHER = "hf_" + "Secret12" * 4  # stands in the client's message, wherever it came from
-
-
-def http_error(kind: type[HfHubHTTPError], message: str) -> HfHubHTTPError:
-    error = kind.__new__(kind)
-    Exception.__init__(error, message)
-    error.server_message = None
-    return error
+from tests.checkpoint.test_refusal import TOKEN, http_error
 
 
 class Hub:
@@ -32,8 +24,7 @@ class Hub:
         self.answers: dict[str, Any] = {
             "whoami": {"name": "ada", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}},
             "auth_check": None,
-            "create_repo": "https://hub/ada/m",
-            "upload_folder": None,
+            "repo_info": SimpleNamespace(private=False),
         }
         for method in self.answers:
             monkeypatch.setattr(HfApi, method, self._act(method))
@@ -50,98 +41,86 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    for name in PATIENCE:
+        monkeypatch.setenv(name, "restored")  # so that what the tests set is undone
     return Hub(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("repo_id", "full"), [(None, "ada/m-2of4"), ("mine", "ada/mine"), ("lab/mine", "lab/mine"), ("ada/x", "ada/x")]
+    ("repo_id", "full"), [("", "ada/m-2of4"), ("mine", "ada/mine"), ("lab/mine", "lab/mine"), ("ada/x", "ada/x")]
 )
-def test_the_name_in_full(hub: Hub, repo_id: str | None, full: str) -> None:
-    assert check_access(repo_id, "m-2of4", TOKEN) == full
+def test_the_name_in_full(hub: Hub, repo_id: str, full: str) -> None:
+    asked = Destination(repo_id, revision="v1")
+    assert check_access(asked, "m-2of4", token=TOKEN) == Destination(full, revision="v1")
     assert hub.calls["auth_check"]["args"] == (full,)
     assert hub.calls["auth_check"]["write"] is True
     assert hub.calls["whoami"]["token"] == TOKEN
 
 
 def test_a_repository_that_does_not_exist_yet_is_fine(hub: Hub) -> None:
-    hub.answers["auth_check"] = http_error(RepositoryNotFoundError, "404")
-    assert check_access("new", "m") == "ada/new"
+    hub.answers["auth_check"] = http_error(RepositoryNotFoundError, "404", status=404)
+    assert check_access(Destination("new", private=True), "m").repo_id == "ada/new"
 
 
-@pytest.mark.parametrize("name", ["m-2:4", "a/b/c", "-x", ""])
+@pytest.mark.parametrize("name", ["m-2:4", "a/b/c", "-x", "m" * 97])
 def test_a_name_that_the_hub_forbids(hub: Hub, name: str) -> None:
     with pytest.raises(UserError, match="is no name for a Hub repository"):
-        check_access(name, "m:4")
+        check_access(Destination(name), "m")
     assert hub.calls == {}
 
 
 def test_a_token_that_may_only_read(hub: Hub) -> None:
     hub.answers["whoami"]["auth"]["accessToken"]["role"] = "read"
     with pytest.raises(HubError, match="may only read"):
-        check_access("m", "m")
+        check_access(Destination("m"), "m")
 
 
-def test_somebody_elses_namespace(hub: Hub) -> None:
+def test_somebody_elses_namespace_takes_a_pull_request_only(hub: Hub) -> None:
     with pytest.raises(HubError, match="belongs to ada, who may write to ada, lab"):
-        check_access("bob/m", "m")
+        check_access(Destination("bob/m"), "m")
+    assert check_access(Destination("bob/m", create_pr=True), "m").repo_id == "bob/m"
+    assert check_access(Destination("bob/m", revision="refs/pr/3"), "m").repo_id == "bob/m"
+    hub.answers["repo_info"] = http_error(RepositoryNotFoundError, "404", status=404)
+    with pytest.raises(HubError, match="You cannot push to bob/m: the repository does not exist"):
+        check_access(Destination("bob/m", create_pr=True), "m")
 
 
 def test_a_repository_that_may_not_be_written(hub: Hub) -> None:
-    hub.answers["auth_check"] = http_error(HfHubHTTPError, "403 Forbidden")
-    with pytest.raises(HubError, match="You cannot push to lab/m: 403 Forbidden"):
-        check_access("lab/m", "m")
+    hub.answers["auth_check"] = http_error(HfHubHTTPError, "read only", status=403)
+    with pytest.raises(HubError, match=r"You cannot push to lab/m: the Hub forbids it \(read only\)"):
+        check_access(Destination("lab/m"), "m")
 
 
-def test_a_push_replaces_older_weights_in_the_same_commit(hub: Hub, tmp_path: Path) -> None:
-    assert push(tmp_path, "ada/m", private=True, token=TOKEN) == "https://hub/ada/m"
-    assert hub.calls["create_repo"]["private"] is True
-    assert hub.calls["create_repo"]["exist_ok"] is True
-    sent = hub.calls["upload_folder"]
-    assert sent["folder_path"] == tmp_path
-    assert {"*.safetensors", "*.bin", "*.safetensors.index.json"} <= set(sent["delete_patterns"])
-    assert "*.tmp" in sent["ignore_patterns"]
+def test_private_is_not_what_a_public_repository_becomes(hub: Hub) -> None:
+    with pytest.raises(HubError, match="lab/m exists and is public"):
+        check_access(Destination("lab/m", private=True), "m")
+    hub.answers["repo_info"] = SimpleNamespace(private=True)
+    assert check_access(Destination("lab/m", private=True), "m").private
 
 
-ERRORS = {
-    "http": http_error(HfHubHTTPError, f"403 Forbidden for {TOKEN}, not for {OTHER}"),
-    "network": HTTP("connection refused"),
-    "xet": ConnectionError("Network error: reset"),
-    "lfs": RuntimeError("Error while uploading 'model.safetensors'"),
-    "card": ValueError("Invalid metadata in README.md.\n- missing"),
-    "disk": OSError(28, "No space left on device"),
-}
-ERRORS["lfs"].__cause__ = OSError("500 from the store")
+def test_a_pull_request_is_not_to_a_branch() -> None:
+    with pytest.raises(UserError, match="give a revision or ask for a pull request, not both; got revision 'v1'"):
+        Destination("a/b", revision="v1", create_pr=True)
 
 
-@pytest.mark.parametrize("kind", ERRORS)
-@pytest.mark.parametrize("step", ["create_repo", "upload_folder"])
-def test_every_failure_says_where_the_model_is_and_how_to_go_on(hub: Hub, tmp_path: Path, kind: str, step: str) -> None:
-    hub.answers[step] = ERRORS[kind]
-    with pytest.raises(HubError) as caught:
-        push(tmp_path, "ada/m", private=False, token=TOKEN)
-    text = str(caught.value)
-    assert text.startswith("The push to ada/m failed: ")
-    assert f"the model is safe in {tmp_path}; send it again with `hf upload ada/m {tmp_path} ." in text
-    assert TOKEN not in text
-    assert OTHER not in text
-    assert "\n" not in text
-    assert kind != "lfs" or "500 from the store" in text
+@pytest.mark.parametrize(
+    ("to", "expected"),
+    [
+        (Destination("a/b"), "llmprune push '/home/ada/my model' a/b"),
+        (Destination("a/b", True, "v1"), "llmprune push '/home/ada/my model' a/b --private --revision v1"),
+        (Destination("a/b", create_pr=True), "llmprune push '/home/ada/my model' a/b --create-pr"),
+    ],
+)
+def test_the_command_that_pushes_there(to: Destination, expected: str) -> None:
+    assert to.command(Path("/home/ada/my model")) == expected
 
 
-def test_a_private_push_is_sent_again_as_a_private_one(hub: Hub, tmp_path: Path) -> None:
-    hub.answers["create_repo"] = ERRORS["http"]
-    with pytest.raises(HubError, match=r"hf upload ada/m \S+ \. --private --delete"):
-        push(tmp_path, "ada/m", private=True)
-
-
-def test_no_token(hub: Hub) -> None:
-    hub.answers["whoami"] = LocalTokenNotFoundError("Token is required, and much more")
-    with pytest.raises(HubError, match="there is none: run `hf auth login` or set HF_TOKEN") as caught:
-        check_access(None, "m")
-    assert "much more" not in str(caught.value)
-
-
-def test_no_valid_token(hub: Hub) -> None:
-    hub.answers["whoami"] = http_error(HfHubHTTPError, f"Invalid user token {TOKEN}.")
-    with pytest.raises(HubError, match=r"Invalid user token \*\*\*; run `hf auth login`"):
-        check_access(None, "m", TOKEN)
+def test_xets_patience_is_limited_unless_its_user_has_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PATIENCE:
+        monkeypatch.setenv(name, "to be undone")
+        monkeypatch.delenv(name)
+    assert limit_patience()
+    assert {name: os.environ[name] for name in PATIENCE} == PATIENCE
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "9s")
+    assert not limit_patience()
+    assert os.environ["HF_XET_CLIENT_RETRY_BASE_DELAY"] == "9s"

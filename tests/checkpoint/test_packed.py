@@ -431,7 +431,13 @@ def test_the_verbs_pack_and_unpack_and_tell_the_gain(
     assert "14 of 21 tensors unpacked (14 2:4)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--overwrite"):
         run("pack", dense, tmp_path / "packed")
-    run("pack", dense, tmp_path / "packed", "--overwrite")
+    run("pack", dense, tmp_path / "packed", "--overwrite", "--quiet")
+    assert capsys.readouterr() == ("", "")
+    run("unpack", tmp_path / "packed", tmp_path / "back", "--overwrite", "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["directory"] == str(tmp_path / "back")
+    assert told["before"] < told["after"]
+    assert (told["tensors"], told["patterns"]) == (21, {"2:4": 14})
     with pytest.raises(UserError, match="never changed"):
         run("unpack", tmp_path / "packed", tmp_path / "packed", "--overwrite")
 
@@ -445,11 +451,14 @@ def test_a_job_saves_packed_and_proves_it(tmp_path: Path, capsys: pytest.Capture
     )
     assert result.directory is not None
     assert sorted(path.name for path in result.directory.iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "llmprune_report.json",
         "model.safetensors",
+        "report.html",
     ]
+    assert "import llmprune" in (result.directory / "README.md").read_text()
     size = (result.directory / "model.safetensors").stat().st_size
     assert result.dense_bytes is not None
     assert size < result.dense_bytes
@@ -458,6 +467,8 @@ def test_a_job_saves_packed_and_proves_it(tmp_path: Path, capsys: pytest.Capture
     assert "import llmprune" in (shown := " ".join(capsys.readouterr().out.split()))
     assert f"{size / result.dense_bytes:.1%}" in shown
     back = unpack_checkpoint(result.directory, tmp_path / "back").directory
+    assert 'from_pretrained("back")' in (card := (back / "README.md").read_text())  # a card of the dense files now
+    assert "import llmprune" not in card
     verify(back).raise_if_failed()
     state = {name: tensor for name, tensor in model.state_dict().items() if name in tensors_of(back)}
     assert same_bits(tensors_of(back), state)

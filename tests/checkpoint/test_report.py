@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from llmprune.checkpoint.layout import fingerprint, saved_ties
-from llmprune.checkpoint.report import (
-    REPORT,
-    Report,
-    command_line,
-    describe_tensors,
-    tool_versions,
-    totals,
-)
+from llmprune.checkpoint.provenance import command_line, tool_versions
+from llmprune.checkpoint.report import REPORT, Report, describe_tensors, totals
 from llmprune.errors import UserError, VerificationError
 from llmprune.results import SkippedWeight
 from tests.builders import tiny_model
@@ -119,7 +113,7 @@ def test_no_token_and_no_home_directory_get_out(monkeypatch: pytest.MonkeyPatch,
         ("[1]", "damaged"),
         ('{"a": 1}', "damaged"),
         ('{"schema": 1}', "damaged"),
-        ('{"schema": 2}', "schema 2.*update llmprune"),
+        ('{"schema": 3}', "schema 3.*reads up to schema 2: update llmprune"),
     ],
 )
 def test_a_report_that_cannot_be_used(tmp_path: Path, text: str | None, match: str) -> None:

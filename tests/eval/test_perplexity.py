@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,51 +18,12 @@ from llmprune.errors import NumericError, UserError
 from llmprune.eval.losses import window_losses
 from llmprune.eval.perplexity import default_seq_len, evaluate, main, perplexity
 from tests.builders import tiny_model, tiny_tokenizer
-
-VOCABULARY = 64
-
-
-def spread_out(model: Any) -> Any:
-    """Random weights predict all tokens alike, which hides mistakes: make the head's logits differ by several nats."""
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(20)
-    return model
-
-
-def tiny_gemma2() -> Any:
-    """Gemma-2 caps its final logits after the head: cap · tanh(logits / cap)."""
-    torch.manual_seed(0)
-    config = transformers.Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        final_logit_softcapping=3.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return transformers.Gemma2ForCausalLM(config).eval()
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "gpt2": lambda: spread_out(tiny_model("gpt2")),
-    "llama": lambda: spread_out(tiny_model("llama")),
-    "gemma2": lambda: spread_out(tiny_gemma2()),
-}
+from tests.eval.small_models import MODELS, VOCABULARY, random_windows, tiny_gemma2
 
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> Any:
     return MODELS[request.param]()
-
-
-def random_windows(count: int = 5, length: int = 24) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 def float64_means(model: Any, windows: torch.Tensor) -> torch.Tensor:
@@ -327,7 +287,7 @@ def test_the_command_line_prints_value_error_and_protocol(checkpoint: str, capsy
 
 def test_the_command_line_speaks_json(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(checkpoint, "--seq-len=20", "--tokens=40", "--bos=always", "--dtype=bfloat16", "--json") == 0
-    result = json.loads(capsys.readouterr().out)
+    [result] = json.loads(capsys.readouterr().out)["rows"]
     assert (result["windows"], result["bos"], result["dtype"]) == (2, True, "bfloat16")
 
 

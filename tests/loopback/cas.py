@@ -17,6 +17,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 __all__ = ["Cas", "Term", "UnknownXorb"]
 
 _HEADER = 48
@@ -74,6 +76,10 @@ class Cas:
         _, length, start, end = struct.unpack_from("<IIII", data, at + 32)
         return Term(xorb, length, start, end)
 
+    def content(self, file: str) -> bytes:
+        """The bytes of a file, for a client that asks for it by plain HTTP."""
+        return b"".join(_unpacked(self.xorbs[term.xorb], term) for term in self.files[file])
+
     def reconstruction(self, file: str, span: tuple[int, int], data_url: str) -> dict[str, Any] | None:
         """How to put a file's bytes, first to last (`span`), together; None where they lie behind its end.
 
@@ -114,6 +120,28 @@ def _within(terms: list[Term], span: tuple[int, int]) -> tuple[list[Term], int]:
 
 def _range(term: Term) -> dict[str, int]:
     return {"start": term.start, "end": term.end}
+
+
+def _unpacked(xorb: bytes, term: Term) -> bytes:
+    """The chunks of a term. Schemes: 0 as they are, 1 an LZ4 frame, 2 likewise, bytes grouped by place modulo 4."""
+    raw = []
+    for start, end in _chunks(xorb)[term.start : term.end]:
+        scheme, size = xorb[start + 4], int.from_bytes(xorb[start + 5 : start + 8], "little")
+        data = xorb[start + 8 : end]
+        if scheme:
+            data = pa.decompress(data, decompressed_size=size, codec="lz4", asbytes=True)
+        raw.append(_ungrouped(data) if scheme == 2 else data)
+    return b"".join(raw)
+
+
+def _ungrouped(data: bytes) -> bytes:
+    """Bytes at places 0, 4, 8, … come first in `data`, then those at 1, 5, 9, …"""
+    whole, at = bytearray(len(data)), 0
+    for place in range(4):
+        count = len(whole[place::4])
+        whole[place::4] = data[at : at + count]
+        at += count
+    return bytes(whole)
 
 
 def _chunks(xorb: bytes) -> list[tuple[int, int]]:

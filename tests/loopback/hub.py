@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.loopback import repos, uploads
 from tests.loopback.store import Repo, Store, User
-from tests.loopback.wire import Exchange, Fault, Request
+from tests.loopback.wire import Exchange, Fault, Hold, Request
 
 __all__ = ["READ_TOKEN", "WRITE_TOKEN", "WRONG_TOKEN", "LoopbackHub", "hub"]
 
@@ -101,6 +101,12 @@ class LoopbackHub(ThreadingHTTPServer):
         They are answered with `status` and `message`; without a status the line is cut after so many bytes of the body.
         """
         self.faults.append(Fault(path, status, message, after, times))
+
+    def hold(self, path: str) -> Hold:
+        """Let the next request whose path matches wait until the returned hold is released."""
+        hold = Hold()
+        self.faults.append(Fault(path, None, "", 0, 1, hold))
+        return hold
 
 
 @contextmanager

@@ -87,6 +87,10 @@ def resolve(x: Exchange, repo_id: str, revision: str, path: str, kind: str = "mo
         headers |= {"X-Xet-Hash": entry.xet, "Link": f'<{token}>; rel="xet-auth"'}
     if x.command == "HEAD":
         x.reply(200, b"", {**headers, "Content-Length": str(entry.size)})
+    elif "Range" in x.headers:
+        start, last = x.span()
+        piece = _content(x, entry)[start : last + 1]
+        x.reply(206, piece, {**headers, "Content-Range": f"bytes {start}-{start + len(piece) - 1}/{entry.size}"})
     else:
         x.reply(200, _content(x, entry), headers)
 
@@ -94,8 +98,9 @@ def resolve(x: Exchange, repo_id: str, revision: str, path: str, kind: str = "mo
 def _content(x: Exchange, entry: Entry) -> bytes:
     if entry.content is not None:
         return entry.content
-    if entry.sha256 not in x.store.objects:
-        raise Refused(501, "this Hub sends a file that came by Xet by Xet only")
+    if entry.xet is not None:
+        return x.store.cas.content(entry.xet)
+    assert entry.sha256 is not None
     return x.store.objects[entry.sha256]
 
 

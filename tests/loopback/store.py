@@ -79,6 +79,7 @@ class Repo:
     private: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
+    pull_requests: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def at(self, revision: str) -> tuple[str, Mapping[str, Entry]]:
@@ -87,6 +88,13 @@ class Repo:
         if sha not in self.commits:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return sha, self.commits[sha].tree
+
+    def branch(self, name: str) -> None:
+        """A new branch at the head of main."""
+        with self.lock:
+            if name in self.refs:
+                raise Refused(409, f"Reference {name} already exists")
+            self.refs[name] = self.refs["main"]
 
     def commit(
         self, changes: Mapping[str, Entry], title: str, *, branch: str = "main", deleted: Sequence[str] = ()

@@ -38,7 +38,7 @@ def validate_yaml(x: Exchange) -> None:
 
 def preupload(x: Exchange, kind: str, repo_id: str, revision: str) -> None:
     """How each file is to be sent, and what stands in its place: the client skips a file that is there already."""
-    _, tree = x.repo(kind, repo_id, write=True).at(revision)
+    _, tree = x.repo(kind, repo_id, write=not revision.startswith("refs/pr/")).at(revision)
     files = []
     for file in x.json()["files"]:
         large = is_large(file["path"], file["size"], base64.b64decode(file["sample"]))
@@ -51,7 +51,7 @@ def preupload(x: Exchange, kind: str, repo_id: str, revision: str) -> None:
 def commit(x: Exchange, kind: str, repo_id: str, revision: str) -> None:
     """Files come and go in one step; readers see all of it or nothing."""
     lines = [json.loads(line) for line in x.body().splitlines() if line.strip()]
-    repo = x.repo(kind, repo_id, write=True)
+    repo = x.repo(kind, repo_id, write=not revision.startswith("refs/pr/"))
     repo.at(revision)
     title = ""
     changes: dict[str, Entry] = {}
@@ -70,6 +70,36 @@ def commit(x: Exchange, kind: str, repo_id: str, revision: str) -> None:
             raise Refused(400, f"this Hub does not know the line {line['key']!r} of a commit")
     sha = repo.commit(changes, title, branch=revision, deleted=deleted)
     x.reply(200, {"success": True, "commitOid": sha, "commitUrl": f"{x.base}/{repo_id}/commit/{sha}", "hookOutput": ""})
+
+
+def branch(x: Exchange, kind: str, repo_id: str, revision: str) -> None:
+    """A new branch, which begins where main is. One that exists is a 409, which the client forgives if told so."""
+    x.json()
+    if revision.startswith("refs/"):
+        raise Refused(400, f"Invalid reference for a branch: {revision}")
+    x.repo(kind, repo_id, write=True).branch(revision)
+    x.reply(200, {})
+
+
+def open_pull_request(x: Exchange, kind: str, repo_id: str) -> None:
+    """A pull request, for which reading the repository is enough, and its branch."""
+    if x.known_user().role != "write":
+        raise Refused(403, "Forbidden: you must use a write token to open a pull request.")
+    repo, title = x.repo(kind, repo_id), x.json()["title"]
+    repo.pull_requests.append(title)
+    repo.branch(f"refs/pr/{len(repo.pull_requests)}")
+    x.reply(200, {"num": len(repo.pull_requests)})
+
+
+def pull_request(x: Exchange, kind: str, repo_id: str, number: str) -> None:
+    """What the client asks about a pull request that it has opened."""
+    title = x.repo(kind, repo_id).pull_requests[int(number) - 1]
+    about = {"title": title, "num": int(number), "status": "draft", "createdAt": "2026-01-01T00:00:00.000Z"}
+    changes = {"base": "refs/heads/main"}
+    repo = {"name": repo_id, "type": kind}
+    x.reply(
+        200, {**about, "repo": repo, "isPullRequest": True, "changes": changes, "filesWithConflicts": [], "events": []}
+    )
 
 
 # LFS ------------------------------------------------------------------------------------------------------------------
@@ -108,7 +138,7 @@ def lfs_verify(x: Exchange, oid: str) -> None:
 
 def xet_token(x: Exchange, kind: str, repo_id: str, access: str, revision: str) -> None:
     """The address of the content store and a token for it that lives an hour."""
-    x.repo(kind, repo_id, write=access == "write").at(revision)
+    x.repo(kind, repo_id, write=access == "write" and not revision.startswith("refs/pr/")).at(revision)
     expires = int(time.time()) + 3600
     token, url = f"xet-{access}", f"{x.base}/_cas"
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
@@ -164,6 +194,9 @@ ROUTES = [
     route("POST", r"/api/validate-yaml", validate_yaml),
     route("POST", REPO + r"/preupload" + BRANCH, preupload),
     route("POST", REPO + r"/commit" + BRANCH, commit),
+    route("POST", REPO + r"/branch" + BRANCH, branch),
+    route("POST", REPO + r"/discussions", open_pull_request),
+    route("GET", REPO + r"/discussions/(?P<number>\d+)", pull_request),
     route("POST", FILE + r"\.git/info/lfs/objects/batch", lfs_batch),
     route("PUT", r"/_lfs" + _OID, lfs_put),
     route("POST", r"/_lfs-verify" + _OID, lfs_verify),

@@ -9,8 +9,10 @@ import json
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
@@ -20,7 +22,7 @@ from tests.loopback.store import Refused, Repo, Store, User
 if TYPE_CHECKING:
     from tests.loopback.hub import LoopbackHub
 
-__all__ = ["BRANCH", "FILE", "REPO", "Exchange", "Fault", "Request", "Route", "route"]
+__all__ = ["BRANCH", "FILE", "REPO", "Exchange", "Fault", "Hold", "Request", "Route", "route"]
 
 _ID = r"(?P<repo_id>[^/]+(?:/[^/]+)?)"
 REPO = rf"/api/(?P<kind>model|dataset)s/{_ID}"
@@ -51,15 +53,25 @@ class Request:
     status: int | None
 
 
+@dataclass(frozen=True)
+class Hold:
+    """A request that waits: `reached` is set when it has come, and it goes on when `released` is set."""
+
+    reached: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
+
+
 @dataclass
 class Fault:
-    """The next `times` requests whose path matches go wrong: with `status`, or cut after so many bytes of the body."""
+    """The next `times` requests whose path matches wait (`hold`), or go wrong: with `status`, or cut after so many
+    bytes of the body."""
 
     path: str
     status: int | None
     message: str
     after: int
     times: int
+    hold: Hold | None = None
 
 
 class _Cut(Exception):
@@ -93,7 +105,8 @@ class Exchange(BaseHTTPRequestHandler):
         except (_Cut, BrokenPipeError, ConnectionResetError):
             self.close_connection = True
             # With data unread, closing sends a reset: the client sees a dropped line, as from a router that died.
-            self.connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # it may be gone already
+                self.connection.shutdown(socket.SHUT_RDWR)
         finally:
             self.server.requests.append(Request(self.command, self.path, self.sent))
 
@@ -112,6 +125,10 @@ class Exchange(BaseHTTPRequestHandler):
         for fault in self.server.faults:
             if fault.times > 0 and re.search(fault.path, self.path):
                 fault.times -= 1
+                if fault.hold is not None:
+                    fault.hold.reached.set()
+                    fault.hold.released.wait(timeout=60)
+                    continue
                 if fault.status is not None:
                     raise Refused(fault.status, fault.message)
                 self.rfile.read(min(fault.after, self._length))
@@ -125,6 +142,8 @@ class Exchange(BaseHTTPRequestHandler):
         """The request's body, read once."""
         if self._body is None:
             self._body = self.rfile.read(self._length)
+            if len(self._body) < self._length:
+                raise ConnectionResetError("the client is gone")
         return self._body
 
     def json(self) -> Any:
@@ -139,7 +158,7 @@ class Exchange(BaseHTTPRequestHandler):
         """First and last byte that the `Range` header asks for."""
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if match is None:
-            raise Refused(400, "this Hub gives Xet data by closed ranges only")
+            raise Refused(400, "this Hub gives closed ranges only")
         return int(match[1]), int(match[2])
 
     def reply(self, status: int, content: Any = b"", headers: Mapping[str, str] | None = None) -> None:

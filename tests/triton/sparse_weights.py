@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PackedRows", "bits_of", "packed_rows", "random_rows", "uneven_rows"]
+from llmprune.triton_kernels.pack_bitmap import BitmapWeight, pack_bitmap
+from llmprune.triton_kernels.pack_sell import SellWeight, pack_sell
+
+__all__ = ["PackedRows", "bitmap", "bits_of", "packed_rows", "random_rows", "sell", "uneven_rows"]
 
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -52,7 +55,7 @@ def random_rows(
 
 def uneven_rows(rows: int, in_features: int, *, dtype: torch.dtype = torch.bfloat16) -> PackedRows:
     """Rows from empty to full, of every density in between, one with a single entry at its end, and a -0.0."""
-    random = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(2)
     dense = torch.randn(rows, in_features, generator=random).to(dtype)
     kept = torch.rand(rows, in_features, generator=random) < torch.linspace(0, 1, rows)[:, None]
     dense = torch.where(kept, dense, torch.zeros((), dtype=dtype))
@@ -61,3 +64,13 @@ def uneven_rows(rows: int, in_features: int, *, dtype: torch.dtype = torch.bfloa
         dense[1, -1] = 3
         dense[-1, 0] = -0.0
     return packed_rows(dense)
+
+
+def sell(case: PackedRows, parts: int | None = 4) -> SellWeight:
+    """The case as SELL."""
+    return pack_sell(case.values, case.index, case.in_features, parts=parts)
+
+
+def bitmap(case: PackedRows) -> BitmapWeight:
+    """The case with a bitmap."""
+    return pack_bitmap(case.values, case.index, case.in_features)

@@ -10,7 +10,8 @@ from llmprune.triton_kernels.configs_24 import ExpandDot, Gemv, Mma, Shape24, ca
 from llmprune.triton_kernels.decompress_24 import decompress_24
 from llmprune.triton_kernels.matmul_24 import matmul_24, matmul_24_torch
 from llmprune.triton_kernels.testing.compare import assert_close
-from tests.triton.weights_24 import bias_for, random_24, tokens_for, truth
+from tests.triton.products import bias_for, tokens_for, truth
+from tests.triton.weights_24 import random_24
 
 H100 = (9, 0)
 BF16 = torch.bfloat16
@@ -36,10 +37,10 @@ def test_tracing_knows_the_result_without_a_kernel() -> None:
 @pytest.mark.parametrize(
     ("x", "values", "index", "bias", "message"),
     [
-        ((2, 60), (8, 32), (8, 8), None, r"x is \(…, 64\), torch.bfloat16 .* got \(2, 60\)"),
+        ((2, 60), (8, 32), (8, 8), None, r"x must be \(\.\.\., 64\), torch.bfloat16 .* got \(2, 60\)"),
         ((2, 64), (8, 32), (8, 7), None, r"got values \(8, 32\), index \(8, 7\)"),
         ((2, 64), (8, 31), (8, 8), None, r"got values \(8, 31\), index \(8, 8\)"),
-        ((2, 64), (8, 32), (8, 8), (9,), r"bias is \(8,\), .* got \(9,\)"),
+        ((2, 64), (8, 32), (8, 8), (9,), r"bias must be \(8,\), .* got \(9,\)"),
     ],
 )
 def test_shapes_that_do_not_match_are_refused(
@@ -56,7 +57,9 @@ def test_shapes_that_do_not_match_are_refused(
 
 def test_activations_of_another_dtype_are_refused() -> None:
     weight = random_24(4, 16)
-    with pytest.raises(ValueError, match=r"x is \(…, 16\), torch.bfloat16 on cpu, as the weight; got .* torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"x must be \(\.\.\., 16\), torch.bfloat16 on cpu, as the weight; got .* torch.float32"
+    ):
         matmul_24(torch.zeros(1, 16), weight.values, weight.index)
 
 
@@ -75,9 +78,7 @@ def test_a_config_is_written_as_a_word_and_read_back(config: Mma | Gemv | Expand
 
 @pytest.mark.parametrize("text", ["cublas", "mma:warp=8", "mma:warps=many", ""])
 def test_words_that_are_no_config_are_refused(text: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"(begins with one of mma, gemv, expand_dot|whole numbers, named warps).*; got"
-    ):
+    with pytest.raises(ValueError, match=r"(begins with mma or gemv or expand_dot|whole numbers, named warps).*; got"):
         parse_24(text)
 
 

@@ -10,7 +10,8 @@ from llmprune.triton_kernels.decompress_24 import decompress_24
 from llmprune.triton_kernels.matmul_24 import matmul_24, shape_24
 from llmprune.triton_kernels.pack_24 import meta_24
 from llmprune.triton_kernels.testing.compare import assert_close
-from tests.triton.weights_24 import ROUNDING, Weight24, bias_for, random_24, tokens_for, truth
+from tests.triton.products import ROUNDING, bias_for, tokens_for, truth
+from tests.triton.weights_24 import Weight24, random_24
 
 pytestmark = pytest.mark.gpu
 

@@ -11,12 +11,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from llmprune.triton_kernels import _matmul_24_mma_kernel as room
+from llmprune.triton_kernels import _sum_parts_kernel
 from llmprune.triton_kernels._order_tokens_kernel import order_tokens_torch
 from llmprune.triton_kernels.configs_24 import Mma
 from llmprune.triton_kernels.pack_24 import meta_24
 from llmprune.triton_kernels.testing.compare import assert_close
 from llmprune.triton_kernels.testing.emulate_mma_sp import EmulatedKernel, Pointer, mma_sp
-from tests.triton.weights_24 import ROUNDING, bias_for, random_24, tokens_for, truth
+from tests.triton.products import ROUNDING, bias_for, tokens_for, truth
+from tests.triton.weights_24 import random_24
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(room, "mma_24_kernel", EmulatedKernel(room.mma_24_kernel))
     monkeypatch.setattr(room, "order_tokens", order_tokens_torch)
-    monkeypatch.setattr(room, "sum_parts", sum_parts)
+    monkeypatch.setattr(_sum_parts_kernel, "sum_parts", sum_parts)
 
 
 def product(M: int, N: int, K: int, *, dtype: torch.dtype = torch.bfloat16, bias: bool = True, **settings: Any) -> None:
@@ -36,7 +38,7 @@ def product(M: int, N: int, K: int, *, dtype: torch.dtype = torch.bfloat16, bias
     weight = random_24(N, K, dtype=dtype)
     x = tokens_for(weight, M)
     added = bias_for(weight) if bias else None
-    y = room.mma_24(x, weight.values, meta_24(weight.index), bias=added, config=Mma(**settings))
+    y = room.launch_mma_24(x, weight.values, meta_24(weight.index), bias=added, config=Mma(**settings))
     assert y.dtype == dtype
     assert_close(y, truth(x, weight, added), max_error=ROUNDING[dtype])
 

@@ -88,11 +88,11 @@ def test_the_product_refuses_what_it_cannot_do() -> None:
     case = random_rows(4, 64)
     weight = pack_bitmap(case.values, case.index, 64)
     x = torch.zeros(5, 64, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 64\), got \(5, 63\)"):
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 64\), .* got \(5, 63\)"):
         matmul_bitmap(x[:, 1:], weight)
     with pytest.raises(ValueError, match="at most 64 tokens, got 65"):
         matmul_bitmap(x.new_zeros(65, 64), weight)
-    with pytest.raises(ValueError, match="weight's dtype"):
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 on cpu, as the weight; got .*, torch\.float16"):
         matmul_bitmap(x.half(), weight)
     with pytest.raises(ValueError, match="use decompress_bitmap"):
         matmul_bitmap(x.float(), weight)
@@ -114,7 +114,7 @@ def test_configs_survive_being_written_and_fit(shape: tuple[int, int, int]) -> N
 
 @pytest.mark.parametrize("text", ["sell:rows=1", "bitmap_dot:row=1", "bitmap_dot:rows=x"])
 def test_a_config_that_does_not_exist_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="a bitmap config is"):
+    with pytest.raises(ValueError, match=r"begins with bitmap_dot|whole numbers, named rows"):
         parse_bitmap(text)
 
 

@@ -144,11 +144,11 @@ def test_other_dtypes_and_forms_are_refused() -> None:
 def test_the_product_refuses_what_it_cannot_do() -> None:
     weight = pack_rows(torch.ones(4, 64, dtype=torch.bfloat16), parts=4)
     x = torch.zeros(1, 64, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 64\), got \(1, 63\)"):
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 64\), .* got \(1, 63\)"):
         matmul_sell(x[:, 1:], weight)
     with pytest.raises(ValueError, match="at most 4 tokens, got 5"):
         matmul_sell(x.expand(5, 64), weight)
-    with pytest.raises(ValueError, match="weight's dtype"):
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 on cpu, as the weight; got .*, torch\.float16"):
         matmul_sell(x.half(), weight)
     with pytest.raises(ValueError, match=r"bias must be \(4,\)"):
         matmul_sell(x, weight, bias=x.new_zeros(1))

@@ -28,27 +28,3 @@ def random_24(rows: int, columns: int, *, dtype: torch.dtype = torch.bfloat16, s
     dropped = torch.rand(entries.shape, generator=generator).argsort(-1)[..., :2]
     dense = entries.scatter(-1, dropped, 0.0).view(rows, columns)
     return Weight24(dense, *pack_24(dense))
-
-
-def tokens_for(weight: Weight24, count: int, seed: int = 1) -> Tensor:
-    """Activations (count, K) in the weight's dtype."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, weight.dense.shape[1], generator=generator).to(weight.dense.dtype)
-
-
-def bias_for(weight: Weight24) -> Tensor:
-    """A bias (N,) in the weight's dtype."""
-    return torch.linspace(-3, 3, len(weight.dense)).to(weight.dense.dtype)
-
-
-def truth(x: Tensor, weight: Weight24, bias: Tensor | None = None) -> Tensor:
-    """x · Wᵀ + bias in float64."""
-    y = x.double() @ weight.dense.double().T
-    return y if bias is None else y + bias.double()
-
-
-ROUNDING = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
-"""What the largest entries may be off, in units of the truth's root mean square: a rounding to the output's dtype."""
-
-CUTTING = {torch.bfloat16: 3e-2, torch.float16: 2e-3}
-"""The same in Triton's interpreter, which cuts a float32 off to bfloat16 where a GPU rounds."""

@@ -34,7 +34,6 @@ class Assembly:
 
     registers : of one thread
     spilled_bytes : of one thread: what did not fit into registers
-    shared_bytes : of one block of threads
     warps : in one block of threads
     program : the opcodes in their order, such as "LDG.E.128" and "HMMA.SP.16832.F32.BF16"
     loop : those of the main loop (the longest one); the whole program if it has none
@@ -42,7 +41,6 @@ class Assembly:
 
     registers: int
     spilled_bytes: int
-    shared_bytes: int
     warps: int
     program: tuple[str, ...]
     loop: tuple[str, ...]
@@ -114,7 +112,6 @@ def _read(compiled: Any) -> Assembly:
     return Assembly(
         registers=registers,
         spilled_bytes=stack + local,
-        shared_bytes=int(compiled.metadata.shared),
         warps=int(compiled.metadata.num_warps),
         program=program,
         loop=loop,

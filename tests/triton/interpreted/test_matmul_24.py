@@ -13,7 +13,8 @@ from llmprune.triton_kernels.configs_24 import ExpandDot, Gemv
 from llmprune.triton_kernels.decompress_24 import decompress_24
 from llmprune.triton_kernels.matmul_24 import matmul_24
 from llmprune.triton_kernels.testing.compare import assert_close
-from tests.triton.weights_24 import CUTTING, bias_for, random_24, tokens_for, truth
+from tests.triton.products import CUTTING, bias_for, tokens_for, truth
+from tests.triton.weights_24 import random_24
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 

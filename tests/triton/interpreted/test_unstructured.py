@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -16,10 +15,9 @@ from llmprune.triton_kernels.decompress_bitmap import decompress_bitmap
 from llmprune.triton_kernels.decompress_sell import decompress_sell
 from llmprune.triton_kernels.matmul_bitmap import matmul_bitmap
 from llmprune.triton_kernels.matmul_sell import matmul_sell
-from llmprune.triton_kernels.pack_bitmap import BitmapWeight, pack_bitmap
-from llmprune.triton_kernels.pack_sell import SellWeight, pack_sell
 from llmprune.triton_kernels.testing.compare import assert_close
-from tests.triton.sparse_weights import PackedRows, bits_of, packed_rows, random_rows, uneven_rows
+from tests.triton.products import bias_for, tokens_for, truth
+from tests.triton.sparse_weights import bitmap, bits_of, packed_rows, random_rows, sell, uneven_rows
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -27,33 +25,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.005}
 
 
-def sell(case: PackedRows, parts: int = 4) -> SellWeight:
-    return pack_sell(case.values, case.index, case.in_features, parts=parts)
-
-
-def bitmap(case: PackedRows) -> BitmapWeight:
-    return pack_bitmap(case.values, case.index, case.in_features)
-
-
-def inputs(case: PackedRows, tokens: int) -> Tensor:
-    random = torch.Generator().manual_seed(tokens)
-    return torch.randn(tokens, case.in_features, generator=random).to(case.dense.dtype)
-
-
-def bias_of(case: PackedRows) -> Tensor:
-    return torch.linspace(-3, 3, len(case.dense)).to(case.dense.dtype)
-
-
-def truth(x: Tensor, case: PackedRows, bias: Tensor | None) -> Tensor:
-    product = x.double() @ case.dense.double().T
-    return product if bias is None else product + bias.double()
-
-
 @DTYPES
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
 def test_sell_multiplies_rows_of_every_density(tokens: int, dtype: torch.dtype) -> None:
     case = uneven_rows(70, 203, dtype=dtype)
-    x, bias = inputs(case, tokens), bias_of(case) if tokens > 1 else None
+    x, bias = tokens_for(case, tokens), bias_for(case) if tokens > 1 else None
     y = matmul_sell(x, sell(case), bias=bias)
     assert y.dtype == dtype
     assert_close(y, truth(x, case, bias), max_error=ROUNDING[dtype])
@@ -62,7 +38,7 @@ def test_sell_multiplies_rows_of_every_density(tokens: int, dtype: torch.dtype) 
 @pytest.mark.parametrize(("parts", "warps", "tokens"), [(1, 1, 1), (8, 8, 3), (8, 4, 1), (8, 2, 3)])
 def test_sell_gives_the_same_however_the_warps_share(parts: int, warps: int, tokens: int) -> None:
     case = random_rows(33, 160, density=0.3)
-    x, bias = inputs(case, tokens), bias_of(case)
+    x, bias = tokens_for(case, tokens), bias_for(case)
     y = matmul_sell(x, sell(case, parts), bias=bias, warps=warps)
     assert_close(y, truth(x, case, bias), max_error=ROUNDING[torch.bfloat16])
 
@@ -70,8 +46,8 @@ def test_sell_gives_the_same_however_the_warps_share(parts: int, warps: int, tok
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (31, 7), (32, 64), (65, 9)], ids=str)
 def test_sell_takes_odd_and_even_shapes(shape: tuple[int, int]) -> None:
     case = random_rows(*shape, density=0.7, dtype=torch.float16)
-    x = inputs(case, 1)
-    assert_close(matmul_sell(x, sell(case)), truth(x, case, None), max_error=ROUNDING[torch.float16])
+    x = tokens_for(case, 1)
+    assert_close(matmul_sell(x, sell(case)), truth(x, case), max_error=ROUNDING[torch.float16])
 
 
 def test_sell_reads_columns_beyond_32767() -> None:
@@ -80,8 +56,8 @@ def test_sell_reads_columns_beyond_32767() -> None:
     dense[1, 39999] = 8
     case = packed_rows(dense)
     x = torch.arange(40000).remainder(7).bfloat16()[None]
-    y = matmul_sell(x, pack_sell(case.values, case.index, 40000, parts=1))
-    assert y.tolist() == truth(x, case, None).tolist()
+    y = matmul_sell(x, sell(case, 1))
+    assert y.tolist() == truth(x, case).tolist()
 
 
 def test_activations_that_cross_a_span_of_addresses_are_copied_to_where_none_is_crossed() -> None:
@@ -97,7 +73,7 @@ def test_activations_that_cross_a_span_of_addresses_are_copied_to_where_none_is_
 @pytest.mark.parametrize(("rows", "in_features", "tokens"), [(0, 64, 1), (5, 0, 2), (5, 64, 0), (40, 64, 3)], ids=str)
 def test_nothing_kept_leaves_the_bias(rows: int, in_features: int, tokens: int) -> None:
     case = packed_rows(torch.zeros(rows, in_features, dtype=torch.bfloat16))
-    x, bias = inputs(case, tokens), bias_of(case)
+    x, bias = tokens_for(case, tokens), bias_for(case)
     for y in (matmul_sell(x, sell(case), bias=bias), matmul_bitmap(x, bitmap(case), bias=bias)):
         assert torch.equal(y, bias.expand(tokens, rows))
     assert not decompress_sell(sell(case)).any()
@@ -108,7 +84,7 @@ def test_nothing_kept_leaves_the_bias(rows: int, in_features: int, tokens: int) 
 @pytest.mark.parametrize("tokens", [1, 17, 64])
 def test_bitmap_multiplies_rows_of_every_density(tokens: int, dtype: torch.dtype) -> None:
     case = uneven_rows(40, 203, dtype=dtype)
-    x, bias = inputs(case, tokens), bias_of(case) if tokens > 1 else None
+    x, bias = tokens_for(case, tokens), bias_for(case) if tokens > 1 else None
     y = matmul_bitmap(x, bitmap(case), bias=bias)
     assert y.dtype == dtype
     assert_close(y, truth(x, case, bias), max_error=ROUNDING[dtype])
@@ -119,7 +95,7 @@ def test_bitmap_multiplies_rows_of_every_density(tokens: int, dtype: torch.dtype
 )
 def test_bitmap_gives_the_same_with_every_config(config: BitmapDot) -> None:
     case = random_rows(17, 136, density=0.4)
-    x, bias = inputs(case, 7), bias_of(case)
+    x, bias = tokens_for(case, 7), bias_for(case)
     y = matmul_bitmap(x, bitmap(case), bias=bias, config=config)
     assert_close(y, truth(x, case, bias), max_error=ROUNDING[torch.bfloat16])
 
@@ -127,16 +103,16 @@ def test_bitmap_gives_the_same_with_every_config(config: BitmapDot) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (17, 7), (64, 128), (3, 129)], ids=str)
 def test_bitmap_takes_odd_and_even_shapes(shape: tuple[int, int]) -> None:
     case = random_rows(*shape, density=0.7, dtype=torch.float16)
-    x = inputs(case, 6)
-    assert_close(matmul_bitmap(x, bitmap(case)), truth(x, case, None), max_error=ROUNDING[torch.float16])
+    x = tokens_for(case, 6)
+    assert_close(matmul_bitmap(x, bitmap(case)), truth(x, case), max_error=ROUNDING[torch.float16])
 
 
 def test_activations_lie_anywhere_and_have_any_leading_axes() -> None:
     case = random_rows(20, 64)
-    x = inputs(case, 4).repeat(1, 2)[:, 5:69].view(2, 2, 64).transpose(0, 1)
+    x = tokens_for(case, 4).repeat(1, 2)[:, 5:69].view(2, 2, 64).transpose(0, 1)
     for y in (matmul_sell(x, sell(case)), matmul_bitmap(x, bitmap(case))):
         assert y.shape == (2, 2, 20)
-        assert_close(y, truth(x, case, None), max_error=ROUNDING[torch.bfloat16])
+        assert_close(y, truth(x, case), max_error=ROUNDING[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -173,15 +149,15 @@ def test_a_buffer_that_does_not_fit_is_refused() -> None:
 def test_the_operations_keep_their_promises_to_torch() -> None:
     """Nothing is changed that the schema does not say, and tracing sees the same shapes as running."""
     case = random_rows(20, 64)
-    x, bias = inputs(case, 2), bias_of(case)
+    x, bias = tokens_for(case, 2), bias_for(case)
     s, b = sell(case), bitmap(case)
-    of_sell = (s.words, s.starts, s.slice_blocks, s.row_order)
-    of_bitmap = (b.values, b.masks, b.offsets, b.row_starts)
-    calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (torch.ops.llmprune.matmul_sell.default, (x, *of_sell, bias, 20, 4)),
-        (torch.ops.llmprune.matmul_bitmap.default, (x, *of_bitmap, None, str(BitmapDot(rows=32, inputs=64)))),
-        (torch.ops.llmprune.decompress_sell.default, (*of_sell, torch.zeros_like(case.dense))),
-        (torch.ops.llmprune.decompress_bitmap.default, (*of_bitmap, torch.zeros_like(case.dense))),
+    config = str(BitmapDot(rows=32, inputs=64))
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        (torch.ops.llmprune.matmul_sell, (x, s.tensors, bias), {"out_features": 20, "warps": 4}),
+        (torch.ops.llmprune.matmul_bitmap, (x, b.tensors, None), {"config": config}),
+        (torch.ops.llmprune.decompress_sell, (s.tensors, torch.zeros_like(case.dense)), {}),
+        (torch.ops.llmprune.decompress_bitmap, (b.tensors, torch.zeros_like(case.dense)), {}),
     ]
-    for operation, arguments in calls:
-        torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
+    for operation, arguments, settings in calls:
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(operation.default, arguments, settings, test_utils=checks)
