@@ -127,7 +127,8 @@ def adjusted_by(result: llmprune.PruneResult) -> set[str]:
     """Parameters that a step changed without pruning them: biases of pruned linears, and nothing else."""
     names = {name for name, held in result.report.tensors.items() if held.adjusted}
     pruned = {row.parameter for row in result.report.pruned}
-    assert names <= {name.removesuffix("weight") + "bias" for name in pruned}
+    # gpt-oss has its experts' biases beside their weights, under names without a dot.
+    assert names <= {name.removesuffix("weight") + "bias" for name in pruned} | {f"{name}_bias" for name in pruned}
     return names
 
 

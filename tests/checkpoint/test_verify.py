@@ -243,7 +243,7 @@ def test_a_model_that_answers_nan_is_refused() -> None:
 
 def test_without_a_report_there_is_nothing_to_verify(copy: Path) -> None:
     (copy / REPORT).unlink()
-    with pytest.raises(UserError, match="only checkpoints that llmprune saved"):
+    with pytest.raises(UserError, match="give a checkpoint that llmprune saved"):
         verify(copy)
 
 
