@@ -29,11 +29,11 @@ __all__ = [
     "DTYPES",
     "Loaded",
     "check_model",
-    "demo_path",
     "dequantization",
     "from_files",
     "is_packed",
     "load",
+    "located",
     "quiet_transformers",
     "snapshot",
     "told_clearly",
@@ -101,7 +101,7 @@ def load(
         if there is no such model, it needs trust_remote_code, its quantization cannot be undone, or it is a quantized
         one that shall rest on disk.
     """
-    path = _located(name, revision, dtype)
+    path = located(name, revision, dtype)
     if path.suffix == ".gguf":
         _require_plain(name, "a GGUF file", rest_on_disk)
         return _load_gguf(path, name, dtype)
@@ -155,17 +155,17 @@ def check_model(
     name: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
 ) -> None:
     """Raise what `load` would raise of a model that is not there or cannot be dequantized, without its weights."""
-    if _located(name, revision, dtype).suffix != ".gguf":
+    if located(name, revision, dtype).suffix != ".gguf":
         with told_clearly(name), quiet_transformers():
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
             dequantization(config, name)
 
 
-def _located(name: str, revision: str | None, dtype: str) -> Path:
+def located(name: str, revision: str | None, dtype: str) -> Path:
     """The path that a name stands for, which exists unless it is a hub id."""
     if dtype not in DTYPES:
         raise UserError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
-    path = demo_path() if name == "demo" and not Path(name).exists() else Path(name)
+    path = _demo_path() if name == "demo" and not Path(name).exists() else Path(name)
     if revision is not None and path.exists():
         raise UserError(f"--revision is for models of the Hub; {name} is on this machine, so leave it out.")
     if path.suffix == ".gguf":
@@ -226,7 +226,7 @@ def _quantization(config: Any) -> str | None:
     return method.rpartition(".")[2].lower()
 
 
-def demo_path() -> Path:
+def _demo_path() -> Path:
     package, file = DEMO
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -23,8 +23,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from transformers import AutoConfig
 
 from llmprune.errors import UserError
-from llmprune.model import DTYPES, quiet_transformers
-from llmprune.model.load import demo_path, dequantization, is_packed, snapshot, told_clearly
+from llmprune.model import quiet_transformers
+from llmprune.model.load import dequantization, is_packed, located, snapshot, told_clearly
 
 __all__ = ["DEQUANTIZED", "Source", "Stored", "read_source"]
 
@@ -76,16 +76,9 @@ def read_source(name: str, *, revision: str | None, dtype: str, trust_remote_cod
     UserError
         if there is no such model, it needs trust_remote_code, or its quantization cannot be undone.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
-    path = demo_path() if name == "demo" and not Path(name).exists() else Path(name)
-    if revision is not None and path.exists():
-        raise UserError(f"--revision is for models of the Hub; {name} is on this machine, so leave it out.")
+    path = located(name, revision, dtype)
     if path.suffix == ".gguf":
         return _read_gguf(path, name, dtype)
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
-        what = "is a file, not a directory or .gguf file" if path.exists() else "does not exist"
-        raise UserError(f"--model is a hub id, a directory or a .gguf file; {name} {what}.")
     with told_clearly(name), quiet_transformers():
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         directory = path if path.is_dir() else snapshot(name, revision)
@@ -110,8 +103,6 @@ def _described(name: str, config: Any, dtype: str, metadata: Any, *, plain: bool
 
 
 def _read_gguf(path: Path, name: str, dtype: str) -> Source:
-    if not path.is_file():
-        raise UserError(f"--model: the GGUF file {path} does not exist.")
     with told_clearly(name), quiet_transformers(), redirect_stderr(io.StringIO()):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     kind = KINDS_BY_NAME.get(dtype, torch.float32)
