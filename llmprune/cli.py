@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from llmprune import __version__
+from llmprune.distributed.launch import leave, rank_in_environment, told_by_others
 from llmprune.errors import HubError, LlmpruneError, UserError
 from llmprune.options import Titled, grouped, read_config
 
@@ -210,6 +211,10 @@ def root(ctx: click.Context, /, **options: Any) -> None:
     loads, verifies it, and prints perplexity before and after.
     """
     if ctx.invoked_subcommand is not None:
+        if rank_in_environment() is not None:
+            raise UserError(
+                f"{ctx.invoked_subcommand} is done by one process: start it without torchrun or accelerate."
+            )
         return
     if options["model"] is None:
         if len(sys.argv) < 2:
@@ -291,6 +296,7 @@ def _show_conversion(done: Any, verb: str, *, quiet: bool, as_json: bool) -> Non
 
 def _prune(options: dict[str, Any]) -> None:
     from llmprune.display import observer_for, show_result
+    from llmprune.distributed import team_from_environment
     from llmprune.machine import keep_memory_together
 
     keep_memory_together()
@@ -302,17 +308,19 @@ def _prune(options: dict[str, Any]) -> None:
         elif not quiet:
             show_result(result)
 
-    try:
-        with observer_for(quiet=quiet) as observer:
-            result = _run(options, no_eval=no_eval, observer=observer)
-    except HubError as error:  # the work is done and saved: show it before saying what went wrong
-        if error.result is not None:
-            show(error.result)
-        raise
+    with team_from_environment() as team:
+        quiet, as_json = quiet or not team.leads, as_json and team.leads
+        try:
+            with observer_for(quiet=quiet) as observer:
+                result = _run(options, no_eval=no_eval, observer=observer, team=team)
+        except HubError as error:  # the work is done and saved: show it before saying what went wrong
+            if error.result is not None:
+                show(error.result)
+            raise
     show(result)
 
 
-def _run(options: dict[str, Any], *, no_eval: bool, observer: Any) -> Any:
+def _run(options: dict[str, Any], *, no_eval: bool, observer: Any, team: Any) -> Any:
     from llmprune.config import EvaluationConfig, PruneConfig
     from llmprune.job import Job, run, stoppable
 
@@ -329,25 +337,35 @@ def _run(options: dict[str, Any], *, no_eval: bool, observer: Any) -> Any:
         **options,
     )
     with stoppable(observer.say) as stop:
-        return run(job, observer, stop=stop)
+        return run(job, observer, stop=stop, team=team)
 
 
 def main() -> None:
-    """The console script: every error that is ours, and Ctrl-C, ends in one sentence and not in a traceback."""
+    """The console script: every error that is ours, and Ctrl-C, ends in one sentence and not in a traceback; of several
+    processes, in one of them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if rank_in_environment() is not None:  # torch's own log tells of every closed connection, with its stack
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         root.main(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        if not told_by_others(error):
+            error.show()
+        leave(2, error)
     except LlmpruneError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+        if not told_by_others(error):
+            click.echo(f"Error: {error}", err=True)
+        leave(2, error)
     except (KeyboardInterrupt, click.Abort) as error:
         interrupt = error.__cause__ or error  # click wraps it; job/ says what it left
         saved, safe = next(iter(interrupt.args), ""), getattr(interrupt, "safe", "")
         what = f"The pruned model was saved before, in {saved}." if saved else safe or "Nothing was written."
-        click.echo(f"Interrupted. {what}", err=True)
-        sys.exit(getattr(interrupt, "code", 130))
-    except click.exceptions.Exit as leave:
-        sys.exit(leave.exit_code)
+        if not told_by_others(interrupt):
+            click.echo(f"Interrupted. {what}", err=True)
+        leave(getattr(interrupt, "code", 130), interrupt)
+    except Exception as error:
+        if not told_by_others(error):
+            sys.excepthook(*sys.exc_info())  # as Python would do
+        leave(1, error)

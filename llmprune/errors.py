@@ -6,6 +6,7 @@
     ├── NumericError         the numbers themselves went wrong (NaN, inf, a Hessian beyond repair)
     ├── VerificationError    a saved checkpoint is not what its report says
     ├── HubError             the Hub refused or broke off; what was saved is still there
+    ├── LostProcess          another process of the same run is gone, so this one cannot go on
     └── WalkError            an internal promise of the layer walk was broken: please report it
 
 The command line turns a `LlmpruneError` into one sentence on standard error and exit code 2. Anything else is a bug
@@ -19,6 +20,7 @@ from typing import Any
 __all__ = [
     "HubError",
     "LlmpruneError",
+    "LostProcess",
     "NumericError",
     "UnsupportedModel",
     "UserError",
@@ -54,6 +56,15 @@ class HubError(LlmpruneError):
     """
 
     result: Any = None
+
+
+class LostProcess(LlmpruneError):
+    """Another process of the same run was killed, or its machine cannot be reached any more."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(
+            text or "Another process of this run is gone (killed, or out of memory?), so all have stopped."
+        )
 
 
 class WalkError(LlmpruneError, RuntimeError):

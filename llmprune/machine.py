@@ -37,14 +37,18 @@ ROOM_TO_SPARE = 0.8
 """A model is moved to a device whole only if it takes less than this share of the free memory there."""
 
 
-def device_named(written: str | None) -> torch.device:
+def device_named(written: str | None, *, place: int | None = None) -> torch.device:
     """The device asked for, if it works; without one the GPU if there is one, else the CPU.
+
+    `place` is this process's number among several on this machine, of which each gets a GPU of its own.
 
     Raises
     ------
     UserError
-        if torch cannot use it.
+        if torch cannot use it, or there is no GPU for this process.
     """
+    if place is not None and (written or "cuda").startswith("cuda") and torch.cuda.is_available():
+        return _gpu_at(place, written)
     if written is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -54,6 +58,20 @@ def device_named(written: str | None) -> torch.device:
     if device.type == "meta":
         raise UserError("--device is one that computes, such as cpu or cuda:1; got meta, which holds shapes only.")
     return device
+
+
+def _gpu_at(place: int, written: str | None) -> torch.device:
+    """The GPU of the process `place`, made the one that torch uses by itself."""
+    count = torch.cuda.device_count()
+    if written not in (None, "cuda"):
+        raise UserError(f"--device {written} is one GPU, and there are several processes: give --device cuda or cpu.")
+    if place >= count:
+        raise UserError(
+            f"there are more processes on this machine than GPUs, of which it has {count}: start one process for each "
+            "(--nproc-per-node), or give --device cpu."
+        )
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

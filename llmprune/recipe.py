@@ -16,6 +16,7 @@ from torch import Tensor
 from llmprune.methods import Method, Solution
 from llmprune.sparsity.group_descent import polish
 from llmprune.sparsity.least_squares import refit
+from llmprune.sparsity.parts import Pooled, alone
 from llmprune.sparsity.pattern import NM, Pattern
 from llmprune.sparsity.statistics import Hessian, PairedHessian, Statistic
 from llmprune.sparsity.target import shifted_target
@@ -66,6 +67,7 @@ class Recipe:
         rows: Sequence[int],
         held: Statistic | None = None,
         centred: bool = False,
+        pooled: Pooled = alone,
     ) -> Solved:
         """Prune a stack of linears.
 
@@ -76,6 +78,7 @@ class Recipe:
         rows : output rows of each linear
         held : of the held-out batches, for choosing the step towards the dense target; used up
         centred : the biases will be refitted, so only the inputs' deviations from their mean matter
+        pooled : adds a few numbers up over all parts, where this is one part of a stack that processes divide
 
         Raises
         ------
@@ -87,20 +90,24 @@ class Recipe:
         if centred and isinstance(statistic, PairedHessian):
             statistic, held = statistic.centred(), held.centred() if isinstance(held, PairedHessian) else None
         if isinstance(statistic, PairedHessian) and isinstance(held, PairedHessian) and held.tokens:
-            shift = shifted_target(weight, statistic, held, list(rows), learn_from_all=not self.hold_out)
+            learn_from_all = not self.hold_out
+            shift = shifted_target(weight, statistic, held, list(rows), learn_from_all=learn_from_all, pooled=pooled)
             target, steps = shift.target, shift.step
         if statistic is not None and held is not None and not self.hold_out:
             statistic.merge(held)
-        solution = self.method.prune(target, statistic, pattern, rows)
+        solution = self.method.prune(target, statistic, pattern, rows, pooled=pooled)
         if isinstance(statistic, Hessian):
-            solution = self._repaired(solution, statistic, target, pattern)
+            solution = self._repaired(solution, statistic, target, pattern, pooled=pooled)
         return Solved(solution, steps)
 
-    def _repaired(self, solution: Solution, statistic: Hessian, target: Tensor, pattern: Pattern) -> Solution:
+    def _repaired(
+        self, solution: Solution, statistic: Hessian, target: Tensor, pattern: Pattern, *, pooled: Pooled
+    ) -> Solution:
         common: dict[str, Any] = {"target": target, "dampening_frac": self.dampening_frac}
         weight, mask = solution.weight, solution.mask
         if self.polish and isinstance(pattern, NM):
-            weight, mask = polish(weight, mask, statistic.matrix, pattern=pattern, sweeps=self.polish, **common)
+            sweeps: dict[str, Any] = {"pattern": pattern, "sweeps": self.polish, "pooled": pooled}
+            weight, mask = polish(weight, mask, statistic.matrix, **sweeps, **common)
         if self.refit:
             weight = refit(weight, mask, statistic.matrix, steps=self.refit, **common)
         return replace(solution, weight=weight, mask=mask)

@@ -423,3 +423,28 @@ def test_memory_of_the_work_is_told_from_memory_before_it(script: Script) -> Non
     assert 30 * 2**20 < numbers["anonymous_peak"] - numbers["anonymous_before"] < 80 * 2**20
     assert numbers["rss_peak"] <= numbers["rss_process_peak"]
     assert numbers["seconds"] >= 3 * measured.INTERVAL
+
+
+def test_the_cost_of_a_cluster_in_the_document_is_what_the_script_computes(script: Script, repository: Path) -> None:
+    """The bytes, which need no solver to be counted; the rest of the table is the same function's."""
+    module = script("cluster_cost")
+    document = (repository / "docs" / "distributed.md").read_text(encoding="utf-8")
+    for method in ("sparsegpt", "balanced"):
+        config = PruneConfig(**{"effort" if method == "balanced" else "method": method}, num_samples=512, seq_len=2048)
+        sums = [2 * (gpus - 1) / gpus * module._summed(module.Model(), config) / 1e9 for gpus in (1, 8, 64, 512)]
+        assert module._line("a GPU moves to add up, GB", sums) in document
+        rows = [(gpus - 1) / gpus * module.Model().parameters * 5 / 1e9 for gpus in (1, 8, 64, 512)]
+        assert module._line("a GPU moves to gather, GB", rows) in document
+
+
+def test_more_gpus_cost_less_time_each_but_for_what_they_do_alike(script: Script) -> None:
+    module = script("cluster_cost")
+    small = ["--hidden", "256", "--ffn", "256", "--heads", "8", "--kv-heads", "2", "--gpus", "1,4", "--seq-len", "64"]
+    done = CliRunner().invoke(module.main, small)
+    assert done.exit_code == 0, done.output
+    rows = [line.strip("| ").split(" | ") for line in done.output.splitlines()[2:]]
+    table = {name: [float(value) for value in values] for name, *values in rows}
+    alone, four = table["forward, s"]
+    assert four == pytest.approx(alone / 4, rel=1e-2)
+    assert table["solve, in every GPU, s"][0] == table["solve, in every GPU, s"][1] > 0
+    assert table["all-reduce, s"][0] == 0 < table["all-reduce, s"][1]

@@ -38,7 +38,7 @@ def logits(model: Any) -> Tensor:
 def unpruned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups come and go without a change: what is left is the permutation."""
 
-    def nothing(*_: Any) -> list[PrunedWeight]:
+    def nothing(*_: Any, **__: Any) -> list[PrunedWeight]:
         return []
 
     monkeypatch.setattr("llmprune.pipeline.loop.prune_group", nothing)

@@ -2,7 +2,7 @@
 
     manifest.json               what run it is, and the rows of the report for every finished layer
     layer-00000.safetensors     a layer's parameters by their names in the model, and its masks where later steps ask
-    converted-PID/              weights that transformers converted for a model that rests on disk
+    converted-HOST-PID/         weights that transformers converted for a model that rests on disk
 
 A file is written under another name, flushed to the disk and then renamed; the manifest comes last, in the same way. So
 whatever the manifest names is whole, wherever the process was killed, and what it does not name does not count. It
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -69,8 +70,8 @@ class Partial:
 
     @property
     def converted(self) -> Path:
-        """Where this process may put converted weights."""
-        return self.directory / f"converted-{os.getpid()}"
+        """Where this process may put converted weights: other machines may have a process of the same number."""
+        return self.directory / f"converted-{platform.node()}-{os.getpid()}"
 
     @property
     def told(self) -> str:
@@ -89,8 +90,8 @@ class Partial:
             if it is another run's, naming what differs, or its manifest is damaged.
         """
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        for leftover in self.directory.glob("converted-*"):
-            if leftover != self.converted and not psutil.pid_exists(int(leftover.name.partition("-")[2])):
+        for leftover in self.directory.glob(f"converted-{platform.node()}-*"):
+            if leftover != self.converted and not psutil.pid_exists(int(leftover.name.rpartition("-")[2])):
                 shutil.rmtree(leftover, ignore_errors=True)
         if not resume:
             self._clear()
@@ -164,10 +165,10 @@ class Partial:
         self.spend()  # first: should this be cut off, the rest does not count
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def tidy(self) -> None:
-        """Remove what no later run can use: half-written files and converted weights, and the directory if it is
-        empty then."""
-        for path in self.directory.glob("*.tmp"):
+    def tidy(self, *, own_only: bool = False) -> None:
+        """Remove what no later run can use: this process's converted weights, half-written files unless another
+        process may be writing them, and the directory if it is empty then."""
+        for path in () if own_only else self.directory.glob("*.tmp"):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.converted, ignore_errors=True)
         with suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from llmprune.checkpoint.hub import Destination, check_access
 from llmprune.checkpoint.target import check_output
 from llmprune.config import EvaluationConfig, PruneConfig
 from llmprune.data import bos_token, calibration_windows, load_corpus
+from llmprune.distributed import Team
 from llmprune.errors import UserError
 from llmprune.eval.measure import Wanted
 from llmprune.eval.perplexity import CPU_TOKENS, default_seq_len
@@ -21,12 +23,14 @@ from llmprune.eval.zero_shot import check_zero_shot
 from llmprune.job.request import Job
 from llmprune.machine import free_bytes
 from llmprune.model import Loaded, load, shelf_of, stored_bytes
+from llmprune.pipeline import Survey
 
 __all__ = [
     "Settled",
     "calibration",
     "check_early",
     "load_model",
+    "require_same_model",
     "rests_on_disk",
     "settle",
     "target_path",
@@ -36,6 +40,9 @@ __all__ = [
 FITS = 0.8
 """A model is loaded whole if its files are no larger than this share of the free memory."""
 
+GLANCE = 4096
+"""So many weights are looked at to tell one model from another of the same shape."""
+
 AT_ONCE = 8
 """Windows of an evaluation per forward of a model that rests on disk: every forward reads all its weights."""
 
@@ -43,8 +50,9 @@ CHARACTERS_PER_TOKEN = 64
 """How much text is read for each calibration token, so that the seed has a choice (a token has 3 to 5 characters)."""
 
 
-def check_early(job: Job) -> Destination | None:
+def check_early(job: Job, team: Team) -> Destination | None:
     """What needs no model: the output, and access to the Hub. Returns where to push to, if anywhere."""
+    _check_team(job, team)
     if job.format not in ("dense", "packed"):
         raise UserError(f"format is one of dense, packed; got {job.format!r}.")
     if job.format == "packed" and job.output_dir is None and not job.default_output:
@@ -68,6 +76,16 @@ def _check_push(job: Job) -> Destination | None:
     return check_access(asked, _default_name(job.config, _base_name(job.model)))
 
 
+def _check_team(job: Job, team: Team) -> None:
+    steps = {"--tune 0": job.config.tune, "--distill 0": job.config.distill}
+    if team.size > 1 and any(steps.values()):
+        cure = " ".join(option for option, asked in steps.items() if asked)
+        raise UserError(
+            f"several processes cannot tune or distill, which goes from window to window: add {cure}, or start one "
+            f"process; there are {team.size}."
+        )
+
+
 def _check_scale(job: Job) -> None:
     if job.resume not in ("auto", "never"):
         raise UserError(f"resume is one of auto, never; got {job.resume!r}.")
@@ -88,8 +106,11 @@ def _check_scale(job: Job) -> None:
         )
 
 
-def rests_on_disk(job: Job, say: Callable[[str], None]) -> bool:
-    """Whether the weights stay on disk: if that was asked for, or they do not fit in memory and it can be done."""
+def rests_on_disk(job: Job, say: Callable[[str], None], *, neighbours: int = 1) -> bool:
+    """Whether the weights stay on disk: if that was asked for, or they do not fit in memory and it can be done.
+
+    `neighbours` processes load the model into this machine's memory.
+    """
     if job.low_memory is not None:
         return job.low_memory
     saves = job.output_dir is not None or job.default_output
@@ -99,9 +120,10 @@ def rests_on_disk(job: Job, say: Callable[[str], None]) -> bool:
     if name == "demo" or name.endswith(".gguf"):
         return False
     size, free = stored_bytes(name, job.revision), free_bytes(torch.device("cpu"))
-    if size is None or size <= FITS * free:
+    if size is None or neighbours * size <= FITS * free:
         return False
-    say(f"The model's {size / 1e9:.1f} GB do not fit in {free / 1e9:.1f} GB of free memory: --low-memory.")
+    times = f", {neighbours} times," if neighbours > 1 else ""
+    say(f"The model's {size / 1e9:.1f} GB{times} do not fit in {free / 1e9:.1f} GB of free memory: --low-memory.")
     return True
 
 
@@ -149,6 +171,21 @@ class Settled:
     config: PruneConfig
     evaluation: EvaluationConfig
     target: Path | None
+
+
+def require_same_model(team: Team, loaded: Loaded, survey: Survey) -> None:
+    """Raise UserError if processes have found different models under the same name, as far as a glance can tell."""
+    if team.size == 1:
+        return
+    weights = next(loaded.model.parameters()).detach().flatten()[:GLANCE]
+    seen = [] if weights.is_meta else weights.float().tolist()
+    settings = {**loaded.model.config.to_dict(), "_name_or_path": None}
+    known = repr((survey.schedules, settings, seen))
+    mine = int.from_bytes(hashlib.sha256(known.encode()).digest()[:4], "big")
+    if team.total(mine) != [mine * team.size]:
+        raise UserError(
+            f"the processes have different models under the name {loaded.name}: put the same files everywhere."
+        )
 
 
 def calibration(job: Job, config: PruneConfig, loaded: Loaded) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from llmprune.checkpoint.report import REPORT, Report, describe_tensors, totals
 from llmprune.checkpoint.save import check_generation_config, write
 from llmprune.checkpoint.target import publish, write_errors
 from llmprune.checkpoint.verify import SAME_LOGITS, Verification, verify
+from llmprune.distributed import Team, team_from_environment
 from llmprune.errors import HubError, LlmpruneError
-from llmprune.eval.measure import Measured, Measures
+from llmprune.eval.measure import Measured, Measures, Wanted
 from llmprune.job.prepare import (
     calibration,
     check_early,
     load_model,
+    require_same_model,
     rests_on_disk,
     settle,
     target_path,
@@ -40,6 +42,7 @@ from llmprune.job.prepare import (
 )
 from llmprune.job.request import Job, Observer, PruneResult
 from llmprune.job.safepoints import SafePoints, run_fingerprint
+from llmprune.job.shared_sink import SharedSink
 from llmprune.job.stop import Stop, Stopped
 from llmprune.machine import device_named, peak_memory, placed
 from llmprune.model import Loaded, quiet_transformers
@@ -49,19 +52,25 @@ from llmprune.walk.mapped import mapped
 __all__ = ["run"]
 
 
-def run(job: Job, observer: Observer | None = None, *, stop: Stop | None = None) -> PruneResult:
+def run(
+    job: Job, observer: Observer | None = None, *, stop: Stop | None = None, team: Team | None = None
+) -> PruneResult:
     """Do the job. See the top of this file for the order, and `Job` for what it takes.
 
-    With `stop`, signals that it hears let the layer at hand finish, and are raised then.
+    With `stop`, signals that it hears let the layer at hand finish, and are raised then. Without a `team` the
+    environment tells whether this is one of several processes: all load, survey and prune, each its share; rank 0 does
+    the rest and is the only one that the observer hears of, and the others wait.
     """
-    return _Run(job, observer or Observer(), stop).go()
+    several: AbstractContextManager[Team] = team_from_environment() if team is None else nullcontext(team)
+    with several as together:
+        return _Run(job, observer if observer and together.leads else Observer(), stop, together).go()
 
 
 class _Run:
     """One job under way: what it knows so far, stage by stage."""
 
-    def __init__(self, job: Job, observer: Observer, stop: Stop | None) -> None:
-        self.job, self.observer, self.stop = job, observer, stop
+    def __init__(self, job: Job, observer: Observer, stop: Stop | None, team: Team) -> None:
+        self.job, self.observer, self.stop, self.team = job, observer, stop, team
         self.config, self.evaluation = job.config, job.evaluation
         self.origin: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
@@ -69,12 +78,14 @@ class _Run:
         self.dense_bytes: int | None = None
         self.destination: Destination | None = None
         self.hollow = False
-        self.device = device_named(job.device)
+        self.measures, self.before, self.digests = Measures(Wanted()), Measured(()), dict[str, str]()
+        self.device = device_named(job.device, place=team.place if team.size > 1 else None)
         path = target_path(job)
         self.partial = Partial(path) if path is not None else None
+        team.safe = lambda: self.partial.told if self.partial is not None else ""
 
     def go(self) -> PruneResult:
-        self.destination = check_early(self.job)
+        self.destination = self.team.decided(lambda: check_early(self.job, self.team))
         if self.partial is None:
             return self._go()
         try:
@@ -86,67 +97,69 @@ class _Run:
             stopped.safe = self.partial.told
             raise
         finally:
-            self.partial.tidy()
+            self.partial.tidy(own_only=not self.team.leads)
 
     def _go(self) -> PruneResult:
         with self._stage("load"):
             loaded = self._load()
-            settled = settle(self.job, loaded, self.device, self.observer.say)
+            settled = self.team.decided(lambda: settle(self.job, loaded, self.device, self.observer.say))
             self.config, self.evaluation, target = settled.config, settled.evaluation, settled.target
             self.notes += [*loaded.notes, *check_generation_config(loaded.model)]
         with self._stage("read texts"):
-            windows, self.origin = calibration(self.job, self.config, loaded)
-            measures = Measures(wanted_measures(self.evaluation, self.config, loaded), self.observer.evaluated)
+            windows, self.origin = self.team.decided(lambda: calibration(self.job, self.config, loaded))
+            self.team.decided(lambda: self._read_evaluation(loaded))
         with self._stage("survey"):
             survey = survey_model(loaded.model, windows, self.config, device=self.device)
-            digests = fingerprint(loaded.model)
-            self._open(digests, windows)
-        before = self._evaluate("evaluate dense", loaded, measures.dense)
+            require_same_model(self.team, loaded, survey)
+            self.team.decided(lambda: self._open(loaded, windows))
+        self.team.decided(lambda: self._evaluate_dense(loaded))
         with self._stage("prune"):
             pruned = self._prune(loaded, windows, survey)
-        report = self._report(loaded, pruned, digests, before.plain_rows())
-        if target is not None:
-            with self._stage("save and verify"), quiet_transformers():
-                report = self._save(loaded, report, target)
-            assert self.partial is not None
-            self.partial.spend()
-        try:
-            return self._finish(loaded, report, measures=measures, target=target)
-        except KeyboardInterrupt as interrupt:
-            raise Stopped(getattr(interrupt, "code", 130), saved=str(target or "")) from None
-        finally:
-            if self.partial is not None:
-                self.partial.remove()
+        result = self.team.decided(lambda: replace(self._conclude(loaded, pruned, target), model=None, tokenizer=None))
+        return replace(result, model=None if self.hollow else loaded.model, tokenizer=loaded.tokenizer)
 
     def _load(self) -> Loaded:
-        if self.partial is None or not rests_on_disk(self.job, self.observer.say):
-            return load_model(self.job)
+        job, say, neighbours = self.job, self.observer.say, self.team.neighbours
+        if self.partial is None or not self.team.decided(lambda: rests_on_disk(job, say, neighbours=neighbours)):
+            return load_model(job)
         self.hollow = True
-        return load_model(self.job, rest_on_disk=self.partial.converted)
+        return load_model(job, rest_on_disk=self.partial.converted)
 
-    def _open(self, digests: dict[str, str], windows: torch.Tensor) -> None:
+    def _read_evaluation(self, loaded: Loaded) -> None:
+        self.measures = Measures(wanted_measures(self.evaluation, self.config, loaded), self.observer.evaluated)
+
+    def _open(self, loaded: Loaded, windows: torch.Tensor) -> None:
         """Look for an earlier run's safe points, now that it is known what run this is."""
+        self.digests = fingerprint(loaded.model)
+        if self.team.size > 1:
+            self.notes.append(f"pruned by {self.team.size} processes")
         if self.partial is None:
             return
-        parts = run_fingerprint(digests, windows, self.config, self.device, self.job.dtype)
+        parts = run_fingerprint(self.digests, windows, self.config, self.device, self.job.dtype)
         self.partial.open(parts, resume=self.job.resume == "auto")
         if self.partial.layers:
             self.observer.say(f"Going on from a safe point: {self.partial.told.partition(':')[0]}.")
             self.notes.append(f"went on from a safe point after layer {self.partial.committed}")
 
+    def _evaluate_dense(self, loaded: Loaded) -> None:
+        self.before = self._evaluate("evaluate dense", loaded, self.measures.dense)
+
     def _prune(self, loaded: Loaded, windows: torch.Tensor, survey: Survey) -> Pruned:
         """Prune, with safe points if there is an output beside which they can lie."""
         settings: dict[str, Any] = {"device": self.device, "watcher": self.observer, "survey": survey}
+        settings |= {"team": self.team, "keep": self._keep()}
         if self.partial is None:
-            return prune_layers(loaded.model, windows, self.config, keep=self._keep(), **settings)
-        sink = SafePoints(self.partial, survey.decoder, every=self.job.safe_points, stop=self.stop)
-        if self.stop is not None:
-            self.stop.patient = lambda: sink.worthwhile
+            return prune_layers(loaded.model, windows, self.config, **settings)
+        points = SafePoints(self.partial, survey.decoder, every=self.job.safe_points, stop=self.stop)
+        sink = points if self.team.size == 1 else SharedSink(self.team, points, self.stop)
+        if self.stop is not None:  # rank 0 knows whether it is worth waiting for; the others wait for it
+            leads, lost = self.team.leads, self.team.lost
+            self.stop.patient = lambda: (points.worthwhile or not leads) and not lost.is_set()
         try:
-            return prune_layers(loaded.model, windows, self.config, sink=sink, keep=self._keep(), **settings)
+            return prune_layers(loaded.model, windows, self.config, sink=sink, **settings)
         except Stopped:
-            if sink.worthwhile and not self.hollow:
-                sink.flush()
+            if self.team.leads and points.worthwhile and not self.hollow:
+                points.flush()
             raise
         finally:
             if self.stop is not None:
@@ -165,9 +178,25 @@ class _Run:
 
         return keep
 
-    def _finish(self, loaded: Loaded, report: Report, *, measures: Measures, target: Path | None) -> PruneResult:
+    def _conclude(self, loaded: Loaded, pruned: Pruned, target: Path | None) -> PruneResult:
+        """From the pruned model in memory to the end of the run."""
+        report = self._report(loaded, pruned)
+        if target is not None:
+            with self._stage("save and verify"), quiet_transformers():
+                report = self._save(loaded, report, target)
+            assert self.partial is not None
+            self.partial.spend()
+        try:
+            return self._finish(loaded, report, target)
+        except KeyboardInterrupt as interrupt:
+            raise Stopped(getattr(interrupt, "code", 130), saved=str(target or "")) from None
+        finally:
+            if self.partial is not None:
+                self.partial.remove()
+
+    def _finish(self, loaded: Loaded, report: Report, target: Path | None) -> PruneResult:
         """What comes after the model is safe: the second evaluation and the push."""
-        after = self._evaluate("evaluate pruned", loaded, measures.against)
+        after = self._evaluate("evaluate pruned", loaded, self.measures.against)
         report = replace(
             report,
             after=after.plain_rows(),
@@ -198,10 +227,8 @@ class _Run:
         with self._stage(stage), nullcontext() if self.hollow else placed(loaded.model, self.device):
             return measure(loaded.model, loaded.tokenizer)
 
-    def _report(
-        self, loaded: Loaded, pruned: Pruned, digests: dict[str, str], before: tuple[dict[str, Any], ...]
-    ) -> Report:
-        tensors = describe_tensors(loaded.model, pruned.weights, before=digests, adjusted=pruned.adjusted)
+    def _report(self, loaded: Loaded, pruned: Pruned) -> Report:
+        tensors = describe_tensors(loaded.model, pruned.weights, before=self.digests, adjusted=pruned.adjusted)
         return Report(
             versions=tool_versions(self.device),
             command=command_line(),
@@ -213,7 +240,7 @@ class _Run:
             totals=totals(pruned.weights, tensors),
             tensors=tensors,
             ties=saved_ties(loaded.model),
-            before=before,
+            before=self.before.plain_rows(),
             seconds=dict(self.seconds),
             peak_memory_bytes=peak_memory(self.device),
             notes=tuple(self.notes),

@@ -30,6 +30,7 @@ from llmprune.errors import NumericError, UserError
 from llmprune.methods.solution import Solution
 from llmprune.sparsity.least_squares import LeastSquares
 from llmprune.sparsity.masks import mask_per_matrix, nm_mask, row_blocks
+from llmprune.sparsity.parts import Pooled, alone
 from llmprune.sparsity.pattern import NM, Pattern, Unstructured
 from llmprune.sparsity.statistics import Hessian, Statistic
 
@@ -75,7 +76,13 @@ class Alps:
             raise UserError(f"first_penalty is a positive number, usually 0.1 to 0.5; got {self.first_penalty!r}.")
 
     def prune(
-        self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, rows: Sequence[int] | None = None
+        self,
+        weight: Tensor,
+        statistic: Statistic | None,
+        pattern: Pattern,
+        rows: Sequence[int] | None = None,
+        *,
+        pooled: Pooled = alone,
     ) -> Solution:
         """Prune and repair.
 
@@ -84,6 +91,7 @@ class Alps:
         weight : (out_features, in_features) float32; several linears with the same input may be stacked
         statistic : Hessian of the inputs
         rows : output rows of each stacked linear: zeros are counted per linear, never over the stack
+        pooled : adds up how much of the mask moves, which steers the penalty, over all parts of a divided stack
 
         Raises
         ------
@@ -94,22 +102,25 @@ class Alps:
         problem = LeastSquares.of(weight, statistic.matrix, self.dampening_frac)
         choice = _Choice(pattern, row_blocks(weight, rows))
         keep = choice.exact(problem.target)
-        if not (problem.target.masked_fill(keep, 0) != 0).any():  # it has the pattern already: nothing to repair
+        dropped = problem.target.masked_fill(keep, 0).count_nonzero()
+        if not pooled(dropped):  # it has the pattern already: nothing to repair
             mask = keep.T.contiguous()
             return Solution(weight.where(mask, 0), mask)
         state = problem.target
         if self.admm_steps:
-            state = _admm(problem, choice, keep, penalty=self.first_penalty, steps=self.admm_steps)
+            state = _admm(problem, choice, keep, penalty=self.first_penalty, steps=self.admm_steps, pooled=pooled)
             keep = choice.exact(state)
         solved = problem.solve_on(keep, state * keep, self.refit_steps)
         mask = keep.T.contiguous()
         return Solution(problem.from_scaled(solved).where(mask, 0), mask)
 
 
-def _admm(problem: LeastSquares, choice: _Choice, keep: Tensor, *, penalty: float, steps: int) -> Tensor:
+def _admm(
+    problem: LeastSquares, choice: _Choice, keep: Tensor, *, penalty: float, steps: int, pooled: Pooled
+) -> Tensor:
     """The state S (in_features, out_features) when the mask rests, or after so many steps."""
     state = problem.target * keep
-    inverse, before, kept = _inverse(problem.matrix, penalty), keep, keep.sum().item()
+    inverse, before, kept = _inverse(problem.matrix, penalty), keep, pooled(keep.sum()).item()
     sign, pulled = torch.empty_like(state), torch.empty_like(state)  # once: at every step they would cost as much again
     for step in range(1, steps + 1):
         torch.mul(keep, 2 * penalty, out=sign).sub_(penalty)
@@ -118,7 +129,7 @@ def _admm(problem: LeastSquares, choice: _Choice, keep: Tensor, *, penalty: floa
         keep = choice.quick(state)
         if step % PATIENCE:
             continue
-        changed = (keep != before).sum().item() / 2 / kept
+        changed = pooled((keep != before).sum()).item() / 2 / kept
         if changed == 0:
             break
         factor = next(factor for share, factor in RAISE if changed > share)
@@ -160,7 +171,8 @@ class _Choice:
         keep = torch.empty_like(scores, dtype=torch.bool)
         for linear in self.linears:
             part = scores[:, linear]
-            keep[:, linear] = choose(part, self.pattern.zeros_of(part.numel()))
+            if part.numel():  # a linear may be another process's
+                keep[:, linear] = choose(part, self.pattern.zeros_of(part.numel()))
         return keep
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmprune.methods.solution import Solution
 from llmprune.sparsity.masks import mask_per_row
+from llmprune.sparsity.parts import Pooled, alone
 from llmprune.sparsity.pattern import Pattern
 from llmprune.sparsity.statistics import Statistic
 
@@ -28,8 +29,14 @@ class Magnitude:
     scope: ClassVar[str] = "row"
 
     def prune(
-        self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, rows: Sequence[int] | None = None
+        self,
+        weight: Tensor,
+        statistic: Statistic | None,
+        pattern: Pattern,
+        rows: Sequence[int] | None = None,
+        *,
+        pooled: Pooled = alone,
     ) -> Solution:
-        """Zero the smallest of `weight` (out_features, in_features). `statistic` and `rows` play no part."""
+        """Zero the smallest of `weight` (out_features, in_features). The other arguments play no part."""
         mask = mask_per_row(weight.abs(), pattern)
         return Solution(weight.where(mask, 0), mask)

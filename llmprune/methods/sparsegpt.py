@@ -22,6 +22,7 @@ from torch import Tensor
 from llmprune.errors import NumericError, UserError
 from llmprune.methods.solution import Solution
 from llmprune.sparsity.masks import mask_per_matrix, nm_mask, row_blocks
+from llmprune.sparsity.parts import Pooled, alone
 from llmprune.sparsity.pattern import NM, Pattern, Unstructured
 from llmprune.sparsity.statistics import Hessian, Statistic
 
@@ -56,7 +57,13 @@ class SparseGPT:
             )
 
     def prune(
-        self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, rows: Sequence[int] | None = None
+        self,
+        weight: Tensor,
+        statistic: Statistic | None,
+        pattern: Pattern,
+        rows: Sequence[int] | None = None,
+        *,
+        pooled: Pooled = alone,
     ) -> Solution:
         """Prune and repair.
 
@@ -65,6 +72,7 @@ class SparseGPT:
         weight : (out_features, in_features) float32; several linears with the same input may be stacked
         statistic : Hessian of the inputs
         rows : output rows of each stacked linear: zeros are counted per linear, never over the stack
+        pooled : no part: of whole linears every one stands alone, and for N:M every row
 
         Raises
         ------

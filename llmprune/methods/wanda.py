@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmprune.methods.solution import Solution
 from llmprune.sparsity.masks import mask_per_row
+from llmprune.sparsity.parts import Pooled, alone
 from llmprune.sparsity.pattern import Pattern
 from llmprune.sparsity.statistics import FeatureNorm, Hessian, Statistic
 
@@ -27,7 +28,13 @@ class Wanda:
     scope: ClassVar[str] = "row"
 
     def prune(
-        self, weight: Tensor, statistic: Statistic | None, pattern: Pattern, rows: Sequence[int] | None = None
+        self,
+        weight: Tensor,
+        statistic: Statistic | None,
+        pattern: Pattern,
+        rows: Sequence[int] | None = None,
+        *,
+        pooled: Pooled = alone,
     ) -> Solution:
         """Zero the weights that matter least.
 
@@ -35,7 +42,7 @@ class Wanda:
         ----------
         weight : (out_features, in_features) float32
         statistic : FeatureNorm of the inputs, or a Hessian, which holds their norms too
-        rows : no part: every row stands alone, so stacked linears need no care
+        rows, pooled : no part: every row stands alone, so stacked or divided linears need no care
         """
         assert isinstance(statistic, FeatureNorm | Hessian)
         mask = mask_per_row(weight.abs() * statistic.norms, pattern)

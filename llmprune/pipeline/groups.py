@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from llmprune.distributed import Team
 from llmprune.errors import NumericError
+from llmprune.pipeline.division import solve_divided
 from llmprune.recipe import MeanInputs, Recipe
 from llmprune.results import PrunedWeight
 from llmprune.sparsity.pattern import NM, Pattern
@@ -40,14 +42,17 @@ class Place:
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
 
 
-def prune_group(group: Group, recipe: Recipe, pattern: Pattern, place: Place) -> Iterator[PrunedWeight]:
+def prune_group(
+    group: Group, recipe: Recipe, pattern: Pattern, place: Place, *, team: Team | None = None
+) -> Iterator[PrunedWeight]:
     """Solve the weights of a group, round them to the checkpoint's dtype, put them in place and report.
 
-    Those that `pattern`, or another one in `place.patterns`, is common to are solved stacked.
+    Those that `pattern`, or another one in `place.patterns`, is common to are solved stacked, divided among the
+    processes of `team`; every process gets all of them, and rank 0's rows are those of the report.
     """
     place.masks.clear()
     for one, common in _stacks(group, pattern, place.patterns):
-        yield from _prune_stack(one, recipe, common, place)
+        yield from _prune_stack(one, recipe, common, place, team=team or Team())
 
 
 def _stacks(group: Group, pattern: Pattern, patterns: Mapping[str, Pattern]) -> Iterator[tuple[Group, Pattern]]:
@@ -73,14 +78,23 @@ def _part(group: Group, indices: list[int]) -> Group:
     return replace(group, keys=keys, weights=[group.weights[index] for index in indices], biases=biases)
 
 
-def _prune_stack(group: Group, recipe: Recipe, pattern: Pattern, place: Place) -> Iterator[PrunedWeight]:
+def _prune_stack(group: Group, recipe: Recipe, pattern: Pattern, place: Place, *, team: Team) -> Iterator[PrunedWeight]:
     start = time.perf_counter()
     rows = [len(weight) for weight in group.weights]
     stacked = torch.cat([weight.float() for weight in group.weights])
     if not torch.isfinite(stacked).all():
         raise NumericError(f"{group.keys[0]} holds NaN or inf before pruning: the checkpoint itself is damaged.")
     means = _means(group, recipe)
-    solved = recipe.solve(stacked, group.statistic, pattern, rows=rows, held=group.held, centred=means is not None)
+    solved = solve_divided(
+        recipe,
+        stacked,
+        group.statistic,
+        pattern,
+        rows=rows,
+        held=group.held,
+        centred=means is not None,
+        team=team,
+    )
     solution = solved.solution
     place.masks.update(zip(group.keys, solution.mask.split(rows), strict=True))
     group.statistic = group.held = None
@@ -88,7 +102,7 @@ def _prune_stack(group: Group, recipe: Recipe, pattern: Pattern, place: Place) -
     parts = zip(group.keys, group.weights, solution.weight.split(rows), solved.steps, strict=True)
     for key, weight, new, step in parts:
         rounded = _rounded(new, place.stored[key.parameter])
-        error = _relative_error(group.inputs, weight.float(), rounded)
+        (error,) = team.first(_relative_error(group.inputs, weight.float(), rounded))
         if means is not None:
             name, bias = group.biases[key]
             bias.copy_(means.bias(bias.float(), weight.float(), rounded).to(place.stored[name]))

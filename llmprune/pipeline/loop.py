@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.config import PruneConfig
-from llmprune.errors import LlmpruneError
+from llmprune.distributed import Team
+from llmprune.errors import LlmpruneError, LostProcess
 from llmprune.machine import free_bytes, give_back_memory
 from llmprune.pipeline.distill import Predictions, distill, predictions
 from llmprune.pipeline.groups import Place, prune_group, recounted
 from llmprune.pipeline.masks import StoredMasks
-from llmprune.pipeline.permute import PROOF_TOKENS, Permuter
+from llmprune.pipeline.permute import PROOF_TOKENS, WINDOWS, Permuter
 from llmprune.pipeline.plan import Plan, make_plan
 from llmprune.pipeline.sink import FinishedLayer, Sink
 from llmprune.pipeline.survey import Survey, survey_model
@@ -81,6 +82,7 @@ def prune_layers(
     survey: Survey | None = None,
     sink: Sink | None = None,
     keep: Callable[[Tensor], Tensor] | None = None,
+    team: Team | None = None,
 ) -> Pruned:
     """Prune the decoder layers of `model` in place, or, if they rest on a shelf, one by one into `sink`.
 
@@ -91,6 +93,7 @@ def prune_layers(
     survey : what `survey_model` found, if it was asked before; else it is asked now
     sink : where finished layers go; it may know some from an earlier run, which are run but not pruned again
     keep : puts hidden states where they wait for the next layer, such as `walk.mapped`; else they stay where they are
+    team : processes that do this together, each on its share of the windows; all get the same weights
 
     Raises
     ------
@@ -100,18 +103,10 @@ def prune_layers(
         naming the layer and weight; the layers before it are pruned already.
     """
     watcher = watcher or Watcher()
-    survey = survey or survey_model(model, windows, config, device=device)
-    plan = make_plan(
-        model,
-        windows,
-        config.build_allocation(),
-        survey,
-        device=device,
-        scope=config.recipe.method.scope,
-        overrides=config.override_map,
-        batch_size=config.batch_size,
-    )
-    survey = plan.applied_to(survey)
+    found = survey or survey_model(model, windows, config, device=device)
+    team = team or Team()
+    plan = team.decided(lambda: _plan(model, windows, config, found, device=device))
+    survey = plan.applied_to(found)
     result = Pruned(skipped=survey.skipped)
     if config.recipe.statistic is None and not config.tune and not config.distill:
         windows = windows[: config.batch_size]  # nothing is learned from the data: one batch shows the errors
@@ -123,7 +118,7 @@ def prune_layers(
     batches = list(windows.split(config.batch_size))
     with walkable(model):
         wanted = predictions(model, batches) if config.distill else []
-        loop = _Loop(model, batches, config=config, survey=survey, plan=plan, device=device, keep=keep)
+        loop = _Loop(model, batches, config=config, survey=survey, plan=plan, device=device, keep=keep, team=team)
         give_back_memory()  # what loading and the survey left
         for index in range(count):
             result.add(loop.prune_layer(index, sink, watcher))
@@ -137,6 +132,19 @@ def prune_layers(
     return result
 
 
+def _plan(model: nn.Module, windows: Tensor, config: PruneConfig, survey: Survey, *, device: torch.device) -> Plan:
+    return make_plan(
+        model,
+        windows,
+        config.build_allocation(),
+        survey,
+        device=device,
+        scope=config.recipe.method.scope,
+        overrides=config.override_map,
+        batch_size=config.batch_size,
+    )
+
+
 def _restore_all(sink: Sink, survey: Survey, result: Pruned) -> None:
     """An earlier run had finished every layer, so nothing has to be run."""
     for index in range(len(survey.decoder.layers)):
@@ -148,7 +156,8 @@ def _restore_all(sink: Sink, survey: Survey, result: Pruned) -> None:
 
 
 class _Loop:
-    """What goes from layer to layer: how each is called, and the hidden states of the pruned and of the dense model."""
+    """What goes from layer to layer: how each is called, and the hidden states of the pruned and of the dense model,
+    for this process's share of the batches."""
 
     def __init__(
         self,
@@ -160,18 +169,21 @@ class _Loop:
         plan: Plan,
         device: torch.device,
         keep: Callable[[Tensor], Tensor] | None,
+        team: Team,
     ) -> None:
-        self.model, self.batches = model, batches
+        share = team.share(len(batches))
+        self.model, self.batches, self.team = model, [batches[index] for index in share], team
         self.config, self.survey, self.device, self.keep = config, survey, device, keep
         self.plan, self.recipe = plan, config.recipe
         self.masks: dict[str, Tensor] = {}
-        self.pruned = self._record(model, batches)
+        self.pruned = self._record(model)
         # Recorded twice, because some layers share state through their arguments.
         compared = self.recipe.dense_targets or config.tune
-        self.dense = self._record(model, batches) if compared else None
+        self.dense = self._record(model) if compared else None
         self.permuter = self._permuter(model, batches)
+        self.first_windows = range(len(share))[: max(0, WINDOWS - share.start)]
         every = min(HELD_OUT, max(2, len(batches)))
-        held_out = frozenset(range(every - 1, len(batches), every))
+        held_out = frozenset(index - share.start for index in range(every - 1, len(batches), every) if index in share)
         self.held_out = held_out if compared or config.distill else frozenset()
 
     def prune_layer(self, index: int, sink: Sink, watcher: Watcher) -> FinishedLayer:
@@ -215,7 +227,7 @@ class _Loop:
         tuner = self._tuner(walk, dense, index, stored)
         with closing(iter(walk)) as groups:  # closed at once, not when it is collected, if a solve fails
             for group in groups:
-                for row in prune_group(group, self.recipe, self.config.pattern, place):
+                for row in prune_group(group, self.recipe, self.config.pattern, place, team=self.team):
                     done.weights.append(row)
                     watcher.pruned(row)
                 masks.add(place.masks)
@@ -242,15 +254,14 @@ class _Loop:
         if self.permuter is None:
             return set()
         prefix, schedule = self.survey.decoder.prefixes[index], self.survey.schedules[index]
-        moved = self.permuter.permute(
-            layer, index, schedule, hidden=self.pruned.hidden, call=caller(self.pruned, index)
-        )
+        hidden = [self.pruned.hidden[batch] for batch in self.first_windows]
+        moved = self.permuter.permute(layer, index, schedule, hidden=hidden, call=caller(self.pruned, index))
         scheduled = {key.parameter for station in schedule.stations for key in station.weights}
         return {prefix + name for name in moved - scheduled}
 
-    def _record(self, model: nn.Module, batches: list[Tensor]) -> Recording:
+    def _record(self, model: nn.Module) -> Recording:
         decoder, forms = self.survey.decoder, self.survey.forms
-        return record_layers(model, decoder, batches, self.device, keep=self.keep, forms=forms)
+        return record_layers(model, decoder, self.batches, self.device, keep=self.keep, forms=forms)
 
     def distill(self, wanted: list[Predictions], watcher: Watcher) -> TunedPart:
         """Tune what all layers have kept, together, towards these predictions of the dense model."""
@@ -272,7 +283,7 @@ class _Loop:
         with self.survey.decoder.surroundings():
             ids = batches[0][:1, :PROOF_TOKENS].to(next(model.parameters()).device)
             proof = record(model, self.survey.decoder.layers, [ids], place=_float64, forms=self.survey.forms)
-        return Permuter(proof, self.config.pattern)
+        return Permuter(proof, self.config.pattern, self.team)
 
     def _walk(self, layer: nn.Module, index: int, dense: DensePath | None) -> LayerWalk:
         schedule = self.survey.schedules[index]
@@ -287,6 +298,7 @@ class _Loop:
             held_out=self.held_out,
             tidy=give_back_memory,
             keep=self.keep,
+            team=self.team,
         )
 
     def _tuner(
@@ -309,7 +321,8 @@ class _Loop:
     def _capacity(self, schedule: Schedule) -> int:
         """How many batches may wait at once: as many as fill half of the memory that is free."""
         per_batch = max(1, schedule.waiting_bytes * self.config.batch_size) * (2 if self.dense else 1)
-        return max(1, free_bytes(self.device) // 2 // per_batch)
+        sharing = self.team.neighbours if self.device.type == "cpu" else 1
+        return max(1, free_bytes(self.device) // sharing // 2 // per_batch)
 
 
 class _naming:  # noqa: N801 - reads as a word in a with statement
@@ -322,7 +335,7 @@ class _naming:  # noqa: N801 - reads as a word in a with statement
         pass
 
     def __exit__(self, _kind: object, error: object, _trace: object) -> None:
-        if isinstance(error, LlmpruneError) and error.args:
+        if isinstance(error, LlmpruneError) and error.args and not isinstance(error, LostProcess):
             error.args = (f"{self.prefix.rstrip('.')}: {error.args[0]}", *error.args[1:])
 
 

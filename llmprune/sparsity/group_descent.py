@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmprune.sparsity.least_squares import LeastSquares
+from llmprune.sparsity.parts import Pooled, alone
 from llmprune.sparsity.pattern import NM
 
 __all__ = ["polish"]
@@ -40,6 +41,7 @@ def polish(
     pattern: NM,
     dampening_frac: float = 0.01,
     sweeps: int = 1,
+    pooled: Pooled = alone,
 ) -> tuple[Tensor, Tensor]:
     """Sweeps of group-wise descent, each followed by conjugate gradients on the mask that it found.
 
@@ -51,6 +53,7 @@ def polish(
     target : (out_features, in_features) float32, whose outputs are to be met
     dampening_frac : λ as a fraction of the mean of H's diagonal
     sweeps : at most so many; it ends earlier where a sweep changes no group
+    pooled : adds up the changes over all parts of a divided stack
 
     Returns
     -------
@@ -64,7 +67,7 @@ def polish(
         before = keep.clone()
         _sweep(problem, solution, keep, choices, inverses)
         solution = problem.solve_on(keep, solution, BETWEEN)
-        if torch.equal(before, keep):
+        if not pooled((before != keep).sum()):
             break
     mask = keep.T.contiguous()
     return problem.from_scaled(solution).where(mask, 0), mask

@@ -36,6 +36,9 @@ class Statistic(Protocol):
     def merge(self, other: Statistic) -> None:
         """Add another statistic of the same linear."""
 
+    def addends(self) -> list[Tensor]:
+        """Views on all that adds up besides `tokens`, for processes that have met different tokens."""
+
     def check(self) -> None:
         """Raise NumericError if NaN or inf came in."""
 
@@ -66,6 +69,10 @@ class FeatureNorm:
         assert isinstance(other, FeatureNorm)
         self.squares += other.squares
         self.tokens += other.tokens
+
+    def addends(self) -> list[Tensor]:
+        """The squares."""
+        return [self.squares]
 
     def check(self) -> None:
         """Raise NumericError if NaN or inf came in."""
@@ -108,6 +115,10 @@ class Hessian:
         assert isinstance(other, Hessian)
         self.upper += other.upper
         self.tokens += other.tokens
+
+    def addends(self) -> list[Tensor]:
+        """The upper block triangle in strips of rows: little more than half of the matrix."""
+        return [self.upper[start : start + BLOCK, start:] for start in range(0, len(self.upper), BLOCK)]
 
     def check(self) -> None:
         """Raise NumericError if NaN or inf came in: they always reach the diagonal."""
@@ -165,6 +176,10 @@ class PairedHessian(Hessian):
         self.cross += other.cross
         self.sums += other.sums
         self.shifts += other.shifts
+
+    def addends(self) -> list[Tensor]:
+        """The Hessian's, and its own."""
+        return [*super().addends(), self.cross, self.sums, self.shifts]
 
     def check(self) -> None:
         """Raise NumericError if NaN or inf came in."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llmprune.sparsity.least_squares import damped
+from llmprune.sparsity.parts import Pooled, alone
 from llmprune.sparsity.statistics import PairedHessian
 
 __all__ = ["Shift", "shifted_target"]
@@ -61,6 +62,7 @@ def shifted_target(
     *,
     learn_from_all: bool = True,
     share: float = SHARE,
+    pooled: Pooled = alone,
 ) -> Shift:
     """The weight that should be approached in place of `weight`.
 
@@ -71,6 +73,7 @@ def shifted_target(
     held : statistic of other windows, to choose λ and the step on
     rows : output rows of each stacked linear: each has a step of its own
     share : of the best step, that is taken
+    pooled : adds up the rows of each linear over all parts of a divided stack
     learn_from_all : whether S itself is computed once more with the held-out windows
     """
     wanted, held_hessian = weight @ held.difference, held.matrix
@@ -78,8 +81,8 @@ def shifted_target(
     for fraction in DAMPINGS:
         shift = _shift(weight, known, fraction)
         # ‖R − step · X Sᵀ‖² with R = (X_d − X) Wᵀ on the held-out windows, for each linear.
-        along = _per_linear((wanted * shift).sum(1), rows)
-        square = _per_linear(((shift @ held_hessian) * shift).sum(1), rows)
+        along = pooled(_per_linear((wanted * shift).sum(1), rows))
+        square = pooled(_per_linear(((shift @ held_hessian) * shift).sum(1), rows))
         step = share * (along / square.clamp_min(1e-30)).clamp(0, 1)
         gain = (2 * step * along - step.square() * square).sum().item()
         if gain > best_gain:

@@ -5,6 +5,9 @@ its input there was added to the weight's statistic. When every batch has paused
 met all its inputs: it is handed out, replaced, and the batches that wait for it go on. So each linear is calibrated on
 inputs that all pruned linears before it produced, and the layer is run once.
 
+Several processes walk together, each with its own batches: they agree on which weight comes next, and what each has
+summed of its inputs is added up when it is handed out, so that all hand out the same.
+
 The coroutines are greenlets: one thread, so that device, stream, grad mode and Ctrl-C are what they always are.
 
 Memory: a paused batch holds its activations. Where that is too much, batches beyond `capacity` are dropped at the
@@ -26,11 +29,13 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from llmprune.distributed import Team
 from llmprune.errors import NumericError, WalkError
 from llmprune.sparsity.statistics import Statistic, mixed, unpaired
 from llmprune.walk.dense_path import DensePath
 from llmprune.walk.products import ALL, Product, Products, WeightKey
 from llmprune.walk.survey import Schedule, Station, identity
+from llmprune.walk.tally import Tally
 
 __all__ = ["Group", "LayerWalk", "require_finite"]
 
@@ -66,28 +71,6 @@ class Group:
     notes: tuple[str, ...] = ()
 
 
-class _Tally:
-    """What is known so far of the inputs of one station (of one expert, where a product takes all of them)."""
-
-    def __init__(
-        self, in_features: int, device: torch.device, kind: type[Statistic] | None, *, hold_out: bool = False
-    ) -> None:
-        self.statistic = kind(in_features, device) if kind else None
-        self.held = kind(in_features, device) if kind and hold_out else None
-        self.tokens = 0
-        self.first: Tensor | None = None
-
-    def add(self, inputs: Tensor, dense: Tensor | None, *, held_out: bool) -> None:
-        if self.first is None:
-            self.first = inputs
-        self.tokens += len(inputs)
-        statistic = self.held if held_out and self.held is not None else self.statistic
-        if statistic is not None:
-            statistic.update(inputs)
-            if dense is not None:
-                statistic.compare(inputs, dense)
-
-
 @dataclass
 class _Run:
     """One forward of one batch: its coroutine, and where it last met a product of each station."""
@@ -113,6 +96,7 @@ class LayerWalk:
     held_out : batches whose inputs are summed apart (at stations that can be compared)
     tidy : called whenever `TIDY` batches have gone on, to give back memory that they left
     keep : puts what leaves the layer, per batch, where it waits for the next one
+    team : the processes that walk this layer together, each with batches of its own
 
     Raises
     ------
@@ -136,17 +120,20 @@ class LayerWalk:
         held_out: frozenset[int] = frozenset(),
         tidy: Callable[[], None] | None = None,
         keep: Callable[[Tensor], Tensor] | None = None,
+        team: Team | None = None,
     ) -> None:
         self.layer, self.hidden, self.call, self.schedule = layer, hidden, call, schedule
         self.kind, self.capacity, self.dense, self.held_out = kind, capacity, dense, held_out
         self.tidy, self.keep, self._advances = tidy, keep, 0
+        self.team = team or Team()
+        self._holds_out = self.team.total(len(held_out))[0] > 0  # here or elsewhere
         self.parameters = dict(layer.named_parameters())
         self.position = {key: at for at, station in enumerate(schedule.stations) for key in station.weights}
         watched = {key.parameter for key in self.position}
         self.products = Products(((name, self.parameters[name]) for name in watched), self._meet)
         self.outputs: list[Tensor] = []
         self._may_rerun = any(s.repeated or s.weights[0].expert is not None for s in schedule.stations)
-        self._tallies: dict[WeightKey, _Tally] = {}
+        self._tallies: dict[WeightKey, Tally] = {}
         self._counted: dict[int, dict[int, int]] = {at: {} for at in range(len(schedule.stations))}
         self._finished: set[int] = set()
         self._pools: dict[str, Statistic] = {}
@@ -163,8 +150,8 @@ class LayerWalk:
         try:
             for batch in range(len(self.hidden)):
                 self._advance(batch)
-            while self._waiting:
-                at = min(self._waiting.values())
+            end = len(self.schedule.stations)
+            while (at := self.team.least(min(self._waiting.values(), default=end))) < end:
                 yield from self._solve_now(at)
                 self._finished.add(at)
                 for batch in [batch for batch, where in self._waiting.items() if where == at]:
@@ -180,7 +167,7 @@ class LayerWalk:
     def _solve_now(self, at: int) -> Iterator[Group]:
         station = self.schedule.stations[at]
         for key in self.keys_of(station) if station.all_experts else station.weights[:1]:
-            tally = self._tallies[key]
+            tally = self._pooled(key)
             if key.expert is not None and tally.statistic is not None:
                 self._pool(key).merge(tally.statistic)
                 if tally.tokens < TRUSTED * self._weight(key).shape[1]:
@@ -192,13 +179,25 @@ class LayerWalk:
         """Repeated weights, cold experts and experts that no token met, in the order of the schedule."""
         for station in self.schedule.stations:
             for key in self.keys_of(station):
-                tally = self._tallies.get(key)
+                tally = self._known(key, station)
                 if station.repeated and tally is not None:
                     yield self._group((key,), tally, "met several times in one forward: pruned last, on all its inputs")
                 elif key.expert is not None and (tally is None or key in self._postponed):
                     yield self._cold_group(key, tally)
 
-    def _cold_group(self, key: WeightKey, tally: _Tally | None) -> Group:
+    def _pooled(self, key: WeightKey) -> Tally:
+        """What all processes know of a weight's inputs; one whose batches never came by adds nothing."""
+        tally = self._tally(key)
+        tally.pool(self.team)
+        return tally
+
+    def _known(self, key: WeightKey, station: Station) -> Tally | None:
+        """The same after all stations, where only those of repeated weights were not pooled yet."""
+        if station.repeated and self.team.total(key in self._tallies)[0] > 0:
+            return self._pooled(key)
+        return self._tallies.get(key)
+
+    def _cold_group(self, key: WeightKey, tally: Tally | None) -> Group:
         if self.kind is None:
             return self._group((key,), tally or self._new_tally(key), "met no token")
         own = tally or self._new_tally(key)
@@ -206,7 +205,7 @@ class LayerWalk:
         own.statistic = mixed(own.statistic, self._pool(key), TRUSTED * self._weight(key).shape[1])
         return self._group((key,), own, f"cold expert ({own.tokens} tokens): its stack's pooled inputs mixed in")
 
-    def _group(self, keys: tuple[WeightKey, ...], tally: _Tally, *notes: str) -> Group:
+    def _group(self, keys: tuple[WeightKey, ...], tally: Tally, *notes: str) -> Group:
         for statistic in filter(None, (tally.statistic, tally.held)):
             try:
                 statistic.check()
@@ -244,12 +243,12 @@ class LayerWalk:
         name = station.weights[0].parameter
         return [WeightKey(name, index) for index in range(len(self.parameters[name]))]
 
-    def _new_tally(self, key: WeightKey) -> _Tally:
+    def _new_tally(self, key: WeightKey) -> Tally:
         weight = self._weight(key)
         in_features, device = weight.shape[1], weight.device
         if key.expert is None and self.schedule.stations[self.position[key]].comparable:
-            return _Tally(in_features, device, self.kind, hold_out=bool(self.held_out))
-        return _Tally(in_features, device, unpaired(self.kind) if self.kind else None)
+            return Tally(in_features, device, self.kind, hold_out=self._holds_out)
+        return Tally(in_features, device, unpaired(self.kind) if self.kind else None)
 
     # Coroutines -------------------------------------------------------------------------------------------------------
 
@@ -331,7 +330,7 @@ class LayerWalk:
                 met, dense, held_out=run.batch in self.held_out
             )
 
-    def _tally(self, key: WeightKey) -> _Tally:
+    def _tally(self, key: WeightKey) -> Tally:
         if key not in self._tallies:
             self._tallies[key] = self._new_tally(key)
         return self._tallies[key]

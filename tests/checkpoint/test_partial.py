@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_tidying_keeps_safe_points_and_removes_the_rest(tmp_path: Path) -> None:
 
 def test_converted_weights_of_a_dead_process_are_removed(tmp_path: Path) -> None:
     partial = opened(tmp_path)
-    dead = partial.directory / "converted-999999999"
+    dead = partial.directory / f"converted-{platform.node()}-999999999"
     dead.mkdir(parents=True)
     opened(tmp_path)
     assert not dead.exists()
