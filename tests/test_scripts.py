@@ -423,3 +423,15 @@ def test_memory_of_the_work_is_told_from_memory_before_it(script: Script) -> Non
     assert 30 * 2**20 < numbers["anonymous_peak"] - numbers["anonymous_before"] < 80 * 2**20
     assert numbers["rss_peak"] <= numbers["rss_process_peak"]
     assert numbers["seconds"] >= 3 * measured.INTERVAL
+
+
+def test_bench_solve_times_every_way(script: Script, tmp_path: Path) -> None:
+    bench, file = script("bench_solve"), tmp_path / "solve.json"
+    sizes = ["--shape", "16x32", "--rounds", "2", "--device", "cpu"]
+    done = CliRunner().invoke(bench.main, [*sizes, "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    results = json.loads(file.read_text())["results"]
+    assert [result["sparsity"] for result in results] == ["2:4", "0.5"]
+    assert all(set(result["seconds"]) == set(bench.WAYS) for result in results)
+    assert all(len(times) == 2 for result in results for times in result["seconds"].values())
+    assert set(bench.KERNELS.values()) <= set(bench.WAYS)
