@@ -94,7 +94,7 @@ class Alps:
         problem = LeastSquares.of(weight, statistic.matrix, self.dampening_frac)
         choice = _Choice(pattern, row_blocks(weight, rows))
         keep = choice.exact(problem.target)
-        if not (problem.target.masked_fill(keep, 0) != 0).any():  # it has the pattern already: nothing to repair
+        if not keep.any() or not (problem.target.masked_fill(keep, 0) != 0).any():  # nothing to repair, or to lose
             mask = keep.T.contiguous()
             return Solution(weight.where(mask, 0), mask)
         state = problem.target
@@ -110,13 +110,16 @@ def _admm(problem: LeastSquares, choice: _Choice, keep: Tensor, *, penalty: floa
     """The state S (in_features, out_features) when the mask rests, or after so many steps."""
     state = problem.target * keep
     inverse, before, kept = _inverse(problem.matrix, penalty), keep, keep.sum().item()
-    sign, pulled = torch.empty_like(state), torch.empty_like(state)  # once: at every step they would cost as much again
+    chosen, pulled = (
+        torch.empty_like(state),
+        torch.empty_like(state),
+    )  # once: new memory costs as much as a step
     for step in range(1, steps + 1):
-        torch.mul(keep, 2 * penalty, out=sign).sub_(penalty)
-        torch.addcmul(problem.product, state, sign, out=pulled)  # B + ρ(Z − U)
-        torch.mul(state, keep.logical_not(), out=state).addmm_(inverse, pulled)  # U + Y
+        torch.mul(state, chosen.copy_(keep), out=chosen)  # Z
+        torch.add(problem.product, state, alpha=-penalty, out=pulled).add_(chosen, alpha=2 * penalty)  # B + ρ(Z − U)
+        state.sub_(chosen).addmm_(inverse, pulled)  # U + Y
         keep = choice.quick(state)
-        if step % PATIENCE:
+        if step % PATIENCE or step == steps:
             continue
         changed = (keep != before).sum().item() / 2 / kept
         if changed == 0:
