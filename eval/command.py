@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -205,19 +207,27 @@ def _row_lines(row: Perplexity | ZeroShot, dense: Perplexity | ZeroShot | None) 
         left = recovery(vars(dense), vars(row))
         lines[0] += f"   dense {dense}" + ("" if left is None else f"   recovery {left:.1f} %")
     lines.append(f"{counted}, {row.seconds:.1f} s")
-    lines.append(f"protocol    {row.protocol}")
+    lines.append(_wrapped("protocol", row.protocol))
     if isinstance(row, Perplexity) and row.divergence is not None:
         far = row.divergence
         lines[1:1] = [f"KL          {far.kl_text} nats a token", f"top-1       {far.top1_text} the same"]
-        lines.append(f"            {far.protocol}")
+        lines.append(_wrapped("", far.protocol))
     return lines
+
+
+def _wrapped(label: str, text: str) -> str:
+    """A text beside its label: on a terminal in lines that end between words, in a file in one."""
+    line = f"{label:<12}{text}"
+    if not sys.stdout.isatty():
+        return line
+    return textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent=" " * 12)
 
 
 def _generation_lines(generation: Generation) -> list[str]:
     return [
-        f"prompt      {generation.prompt!r}",
-        f"  dense     {generation.dense!r}",
-        f"  this      {generation.pruned!r}",
+        _wrapped("prompt", repr(generation.prompt)),
+        _wrapped("  dense", repr(generation.dense)),
+        _wrapped("  this", repr(generation.pruned)),
     ]
 
 
@@ -243,7 +253,7 @@ def zero_shot_command(
     check_zero_shot(tasks, data, limit)
     loaded = opened(model_id, revision=revision, **how)
     wanted = Wanted(tasks=tasks, data=data, limit=limit, logits_memory=logits_memory)
-    found = Measures(wanted).alone(loaded.model, loaded.tokenizer)
+    found = Measures(wanted, progress()).alone(loaded.model, loaded.tokenizer)
     if as_json:
         click.echo(json.dumps(measured_json(model_id, found, None), indent=2))
     else:
@@ -252,9 +262,10 @@ def zero_shot_command(
 
 def progress() -> Callable[[int, int], None] | None:
     """A counter on one line of a terminal; nothing where standard error is a file."""
-    if not sys.stderr.isatty():
+    screen = sys.stderr  # now: while others are kept quiet it is something else
+    if not screen.isatty():
         return None
-    return lambda done, total: click.echo(f"\rwindow {done} of {total}", err=True, nl=done == total)
+    return lambda done, total: click.echo(f"\rmeasured {done:,} of {total:,}", file=screen, nl=done == total)
 
 
 def run_command(given: click.Command, argv: Sequence[str] | None, name: str) -> None:

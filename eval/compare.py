@@ -48,6 +48,10 @@ CAPTION = (
 )
 
 
+_NAME = 10
+"""Characters in which a measure's name can be read, broken into lines."""
+
+
 @dataclass(frozen=True)
 class Column:
     """One model of the table, as it was named, and what was measured."""
@@ -109,17 +113,41 @@ def _as_json(found: Sequence[Column]) -> dict[str, Any]:
 def _show(found: Sequence[Column]) -> None:
     """The table, what it means, and the generations, on standard output."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    table = Table("", *[escape(column.title) for column in found])
-    for cells in _rows(found):
-        table.add_row(*cells)
-    console.print(table)
-    console.print(CAPTION, style="dim", soft_wrap=True)
+    console.print(_table(found, console.width))
+    # On a terminal lines end between words; in a file they go on.
+    options: Any = {"soft_wrap": not console.is_terminal, "markup": False}
+    console.print(CAPTION, style="dim", **options)
     for protocol in _protocols(found):
-        console.print(protocol, style="dim", soft_wrap=True, markup=False)
+        console.print(protocol, style="dim", **options)
     for column in found:
         for note in column.measured.notes:
-            console.print(f"note: {column.name}: {note}", soft_wrap=True, markup=False)
-    _show_generations(console, found)
+            console.print(f"note: {column.name}: {note}", **options)
+    _show_generations(console, found, options)
+
+
+def _table(found: Sequence[Column], width: int) -> Table:
+    """A column for each model. Where so many characters are not enough, a number is the last thing that is broken."""
+    rows = list(_rows(found))
+    if _taken(rows) > width:
+        rows = [[cell.replace(" (", "\n(") for cell in row] for row in rows]
+    names, *widths = _widths(rows)
+    fits = _taken(rows) - names + _NAME <= width
+    table = Table("")
+    for column, characters in zip(found, widths, strict=True):
+        table.add_column(escape(column.title), min_width=characters if fits else None)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """The longest line of each column."""
+    return [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
+
+
+def _taken(rows: Sequence[Sequence[str]]) -> int:
+    """The characters that a table takes, with a border and a blank at either side of each column."""
+    return sum(width + 3 for width in _widths(rows)) + 1
 
 
 def _protocols(found: Sequence[Column]) -> list[str]:
@@ -154,12 +182,12 @@ def _cell(row: Perplexity | ZeroShot, left: float | None) -> str:
     return str(row) if left is None else f"{row} ({left:.1f} %)"
 
 
-def _show_generations(console: Console, found: Sequence[Column]) -> None:
+def _show_generations(console: Console, found: Sequence[Column], options: dict[str, Any]) -> None:
     for index, first in enumerate(found[1].measured.generations):
-        console.print(f"\nprompt: {first.prompt!r}", style="bold", soft_wrap=True, markup=False)
+        console.print(f"\nprompt: {first.prompt!r}", style="bold", **options)
         texts = [first.dense, *[column.measured.generations[index].pruned for column in found[1:]]]
         for column, text in zip(found, texts, strict=True):
-            console.print(f"{column.title}: {text!r}", soft_wrap=True, markup=False)
+            console.print(f"{column.title}: {text!r}", **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -132,4 +132,5 @@ class Measures:
             data=wanted.data,
             limit=wanted.limit,
             logits_memory=wanted.logits_memory,
+            progress=self._progress,
         )

@@ -47,7 +47,10 @@ _PLAIN = {"doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}", "doc_to_ta
 
 @dataclass(frozen=True)
 class Items:
-    """Where the items of a task come from: `config` is the harness's task file, `file` a local file of items."""
+    """Where the items of a task come from: `config` is the harness's task file, `file` a local file of items.
+
+    `provenance` is empty for items of the Hub: which they are is known when they have been read.
+    """
 
     config: Path
     file: Path | None
@@ -80,7 +83,7 @@ def task_files(tasks: Sequence[str], data: Path | None, folder: Path) -> Iterato
         config = _task_file(task, file)
         path = folder / f"{task}.yaml"
         path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-        provenance = {"source": "Hub, by lm-eval"} if file is None else {"file": file.name, "sha256": _digest(file)}
+        provenance = {} if file is None else {"file": file.name, "sha256": _digest(file)}
         yield task, Items(path, file, provenance)
 
 

@@ -10,33 +10,24 @@ lines, either the rows of the data set that the harness would load, or rows of "
 from __future__ import annotations
 
 import importlib.util
-import io
-import logging
-import os
-import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import UserError
+from llmprune.eval.harness import answers, harness_of, with_items
 from llmprune.eval.losses import LOGITS_MEMORY, evaluating
 from llmprune.eval.tasks import TASKS, Items, check_tasks, task_files
 from llmprune.eval.versions import versions
-from llmprune.model import quiet_transformers
 from llmprune.results import percent_with_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["ZeroShot", "check_zero_shot", "main", "zero_shot"]
-
-_TOKENS_OF_AN_ITEM = 256  # a question with one of its answers; few are longer
-_MOST_ITEMS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -94,12 +85,14 @@ def zero_shot(
     data: Path | None = None,
     limit: int | None = None,
     logits_memory: int = LOGITS_MEMORY,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ZeroShot, ...]:
     """Measure `model` on tasks of `llmprune.eval.tasks.TASKS`, one after the other.
 
     data : folder with the tasks' items; without it they come from the Hub, or its cache
     limit : the first so many items of each
     logits_memory : bounds the items per forward, at 256 tokens each
+    progress : called with (answers done, answers in all), anew for every task
 
     Raises
     ------
@@ -110,54 +103,12 @@ def zero_shot(
     results = []
     with tempfile.TemporaryDirectory(prefix="llmprune-tasks-") as folder, evaluating(model):
         for task, items in task_files(tasks, data, Path(folder)):
-            with _quiet():
-                _import_harness()
-                start = time.perf_counter()
-                found = _harness(model, tokenizer, task, items, limit=limit, logits_memory=logits_memory)
+            loaded, items = with_items(task, items)
+            start = time.perf_counter()
+            harness = harness_of(model, tokenizer, logits_memory=logits_memory, progress=progress)
+            found = answers(harness, loaded, limit=limit)
             results.append(_row(found, task, items, model=model, limit=limit, seconds=time.perf_counter() - start))
     return tuple(results)
-
-
-def _harness(
-    model: Any, tokenizer: Any, task: str, items: Items, *, limit: int | None, logits_memory: int
-) -> dict[str, Any]:
-    """What lm-eval returns for one task."""
-    import torch
-    from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_defaults=False)  # its index of all tasks takes most of a minute
-    try:
-        loaded = manager.load(str(items.config))
-    except Exception as error:  # whatever `datasets` and the Hub raise for data that cannot be had
-        where = "from the Hub" if items.file is None else f"from {items.file}"
-        raise UserError(
-            f"the items of {task} cannot be read {where}: {str(error).splitlines()[0]} "
-            "Give a folder with them as JSON lines (--data)."
-        ) from error
-    per_item = 4 * _TOKENS_OF_AN_ITEM * int(model.config.get_text_config().vocab_size)
-    batch = max(1, min(_MOST_ITEMS_AT_ONCE, logits_memory // per_item))
-    harness = HFLM(
-        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, softmax_dtype=torch.float32
-    )
-    # Not `simple_evaluate`, which sets the seeds of the whole process and asks git about the current folder.
-    found: dict[str, Any] = evaluate(harness, loaded, limit=limit, log_samples=False)
-    return found
-
-
-def _import_harness() -> None:
-    """Bring in what takes seconds to import and is no part of the measurement.
-
-    It sets variables that make the Hub's clients faster and ask for much memory; a later push has its own.
-    """
-    before = set(os.environ)
-    import lm_eval.models.huggingface
-    import lm_eval.tasks  # noqa: F401
-
-    for name in set(os.environ) - before:
-        if name.startswith("HF_"):
-            del os.environ[name]
 
 
 def _row(
@@ -188,24 +139,6 @@ def _row(
         provenance=items.provenance,
         versions=packages,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the notes of the harness and of transformers off the screen, and bars where that is no terminal."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    with ExitStack() as stack:
-        stack.enter_context(quiet_transformers())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        if not sys.stderr.isatty():
-            stack.enter_context(redirect_stderr(io.StringIO()))
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,6 +6,7 @@ goes to standard error; the result goes to standard output.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,13 +40,15 @@ def observer_for(*, quiet: bool) -> Iterator[Observer]:
     if quiet:
         yield Observer()
         return
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=sys.stderr, highlight=False)  # this one, also while others are kept off it
     if not console.is_terminal:
         yield _Lines(console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield _Bars(console, progress)
+    bars = _Bars(console)
+    try:
+        yield bars
+    finally:
+        bars.drop()
 
 
 class _Lines(Observer):
@@ -53,6 +56,7 @@ class _Lines(Observer):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.unbroken = not console.is_terminal  # a terminal would break in the middle of words
         self.row: list[PrunedWeight] = []
         self.parts: list[TunedPart] = []
         self.layers, self.done, self.began = 0, 0, 0.0
@@ -61,7 +65,7 @@ class _Lines(Observer):
         self.console.print(f"[bold]{name}[/bold]")
 
     def say(self, sentence: str) -> None:
-        self.console.print(f"  {sentence}", style="dim", soft_wrap=True)
+        self.console.print(f"  {sentence}", style="dim", soft_wrap=self.unbroken)
 
     def start(self, layers: int) -> None:
         self.layers, self.done, self.began = layers, 0, time.perf_counter()
@@ -89,56 +93,66 @@ class _Lines(Observer):
     def _print_layer(self, index: int, ending: str) -> None:
         shown = "  ".join(f"{name} {error}" for name, error in _errors(self.row))
         self.console.print(
-            f"  layer {index + 1:>{len(str(self.layers))}}/{self.layers}  {shown}{ending}", soft_wrap=True
+            f"  layer {index + 1:>{len(str(self.layers))}}/{self.layers}  {shown}{ending}", soft_wrap=self.unbroken
         )
         if self.parts:
             told = "  ".join(
                 f"{part.part.rpartition('.')[2]} {part.before:.4f} → {part.after:.4f}" for part in self.parts
             )
-            self.console.print(f"    tuned: {told}", soft_wrap=True)
+            self.console.print(f"    tuned: {told}", soft_wrap=self.unbroken)
         for note in dict.fromkeys(note for weight in self.row for note in weight.notes):
             count = sum(note in weight.notes for weight in self.row)
-            self.console.print(f"    note: {note}{f' ({count} weights)' if count > 1 else ''}", soft_wrap=True)
+            self.console.print(f"    note: {note}{f' ({count} weights)' if count > 1 else ''}", soft_wrap=self.unbroken)
 
 
 class _Bars(_Lines):
-    """The same lines, with a bar below them."""
+    """The same lines, with a bar below them.
 
-    def __init__(self, console: Console, progress: Progress) -> None:
+    It has the screen only while there is something to show: meanwhile each step of another's bar (of a download, of the
+    Hub's upload) would become a line of its own.
+    """
+
+    def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self.progress = progress
-        self.bar: TaskID | None = None
+        self.bar: tuple[Progress, TaskID] | None = None
+
+    def drop(self) -> None:
+        """Take the bar off the screen, if there is one."""
+        if self.bar is not None:
+            self.bar[0].stop()
+            self.bar = None
 
     def stage(self, name: str) -> None:
-        self._drop_bar()
+        self.drop()
         super().stage(name)
 
     def start(self, layers: int) -> None:
         super().start(layers)
-        self.bar = self.progress.add_task("  layers", total=layers)
+        self._show("layers", 0, layers)
 
     def layer_done(self, index: int) -> None:
         super().layer_done(index)
         if self.bar is not None:
-            self.progress.advance(self.bar)
+            self.bar[0].advance(self.bar[1])
 
     def evaluated(self, done: int, total: int) -> None:
-        self._show("windows", done, total)
+        self._show("measured", done, total)
+        if done == total:
+            self.drop()
 
     def distilled(self, done: int, total: int) -> None:
         if done == 1:
-            self._drop_bar()  # of the layers
+            self.drop()  # of the layers
         self._show("distillation", done, total)
 
     def _show(self, what: str, done: int, total: int) -> None:
         if self.bar is None:
-            self.bar = self.progress.add_task(f"  {what}", total=total)
-        self.progress.update(self.bar, completed=done, total=total)
-
-    def _drop_bar(self) -> None:
-        if self.bar is not None:
-            self.progress.remove_task(self.bar)
-            self.bar = None
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            progress = Progress(*columns, console=self.console, transient=True)
+            self.bar = (progress, progress.add_task(f"  {what}", total=total))
+            progress.start()
+        progress, task = self.bar
+        progress.update(task, completed=done)
 
     def _shows_time(self) -> bool:
         return True
@@ -196,9 +210,9 @@ def _evaluations(before: tuple[dict[str, Any], ...], after: tuple[dict[str, Any]
 
 
 def _show_generation(console: Console, generation: dict[str, Any]) -> None:
-    """What both models write after a prompt, as Python writes strings: on one line each."""
+    """What both models write after a prompt, as Python writes strings: on one line each, where that is no terminal."""
     for name in ("prompt", "dense", "pruned"):
-        console.print(f"{name:<8}{generation[name]!r}", markup=False, soft_wrap=True)
+        console.print(f"{name:<8}{generation[name]!r}", markup=False, soft_wrap=not console.is_terminal)
 
 
 def _number(row: dict[str, Any]) -> tuple[float, float | None]:
@@ -248,6 +262,8 @@ def show_conversion(done: Conversion, verb: str) -> None:
         f"({which}), the others as they were.",
         soft_wrap=True,
     )
+    for note in done.notes:
+        console.print(f"note: {note}", style="dim", soft_wrap=True)
 
 
 def _gain(before: int, after: int) -> str:

@@ -111,6 +111,9 @@ def _written(name: str, value: Any) -> str:
 
 # Cells ----------------------------------------------------------------------------------------------------------------
 
+SCHEMA = 2
+"""1 had wall seconds, which other programs lengthen."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -120,7 +123,8 @@ class Cell:
     sparsity, num_samples, seq_len, seed : None where they mean nothing: for the dense model, or a method that looks at
         no text
     identity : what decides the numbers: settings, seed, and digests of weights, calibration and evaluation windows
-    seconds, memory : of the pruning, bytes on top of what was held before; None where they were not measured
+    seconds, memory : of the pruning: processor seconds (wall seconds of a GPU), bytes on top of what was held before;
+        None where they were not measured
     perplexities : in the order of the evaluation texts
     model, calibration : names for people
     made : versions, command, threads, date
@@ -154,14 +158,14 @@ class Cell:
 
     def to_json(self) -> str:
         """The document, without tokens and home directories: it is published."""
-        return json.dumps({"schema": 1, **cleaned(asdict(self))}, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps({"schema": SCHEMA, **cleaned(asdict(self))}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Cell:
         """Read it back. Raises KeyError, TypeError or ValueError where it is none."""
         document = json.loads(text)
-        if document.pop("schema") != 1:
-            raise ValueError("its schema is not 1")
+        if (schema := document.pop("schema")) != SCHEMA:
+            raise ValueError(f"its schema is {schema}, not {SCHEMA}")
         return cls(**{**document, "perplexities": [Perplexity(**each) for each in document["perplexities"]]})
 
 

@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "results": set(),
     "machine": {"errors"},
     "sparsity": {"errors"},
-    "methods": {"errors", "sparsity"},
+    "triton_kernels": set(),
+    "methods": {"errors", "sparsity", "triton_kernels"},
     "data": {"errors"},
     "model": {"errors", "results"},
     "walk": {"errors", "model", "results", "sparsity", "data", "distributed"},
@@ -52,7 +53,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"errors", "results"},
     "checkpoint": {"errors", "results", "config", "sparsity", "model", "report"},
     "eval": {"errors", "results", "data", "model", "machine"},
-    "triton_kernels": set(),
     "runtime": {"errors", "sparsity", "model", "machine", "triton_kernels"},
 }
 # The rows that follow stand on everything before them, and nothing before them knows what a person sees.

@@ -100,6 +100,21 @@ def test_ignored_and_indivisible_weights_stay_dense_and_are_listed() -> None:
     assert not {row.name for row in result.weights} & set(reasons)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    "settings", [{"method": "wanda"}, {"effort": "fast"}, {"effort": "best", "sparsity": 0.5}, {"tune": 1}], ids=str
+)
+def test_a_whole_layer_may_stay_dense(layer: int, settings: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    config = PruneConfig(ignore=(f"re:.*layers.{layer}.*",), **settings)
+    result = prune_layers(model, IDS, config, device=CPU)
+    assert {row.layer for row in result.weights} == {1 - layer}
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed
+    assert not any(f"layers.{layer}." in name for name in changed - set(result.adjusted))
+
+
 def test_everything_ignored_is_an_error_and_not_a_success() -> None:
     with pytest.raises(UserError, match="no weight left to prune"):
         prune(tiny_model("llama"), sparsity="3:5", on_indivisible="skip")

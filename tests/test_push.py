@@ -6,22 +6,26 @@ the middle, or met by another push. Each ends in one sentence that says how to g
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shlex
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import llmprune
 from llmprune.checkpoint.card import is_generated
 from tests.builders import tiny_model, tiny_tokenizer
 from tests.loopback.forks import Ended, Forks, forks
 from tests.loopback.hub import READ_TOKEN, WRITE_TOKEN, WRONG_TOKEN, LoopbackHub, hub
-from tests.test_hub_end_to_end import FIRST_LINE, SMALL, assert_same_files, paths, seed
+from tests.test_hub_end_to_end import BASE, FIRST_LINE, SMALL, assert_same_files, paths, seed
 
 pytestmark = pytest.mark.slow
 
@@ -128,12 +132,52 @@ def test_what_arrived_is_read_back_from_its_commit(desk: Forks) -> None:
     assert any(re.search(rf"/resolve/{sha}/model-00001-of-\d+\.safetensors$", path) for path in read)
 
 
+def test_bytes_that_the_storage_has_lost_are_found(desk: Forks) -> None:
+    """The Hub still names the file by what it should be."""
+    desk.hub.forget(desk.folder / "pruned")
+    hold = desk.hub.hold(r"/resolve/[0-9a-f]{40}/config")
+    running = desk.start("push", "pruned", "acme/lost", **NO_XET)
+    assert hold.reached.wait(timeout=60)
+    sha256 = hashlib.sha256((desk.folder / "pruned/model.safetensors").read_bytes()).hexdigest()
+    desk.hub.store.objects[sha256] = desk.hub.store.objects[sha256][:-1] + b"\x55"
+    hold.released.set()
+    done = running.end()
+    desk.hub.forget(desk.folder / "pruned")
+    assert done.code == 2
+    assert "is not what was sent, the end of model.safetensors reads back otherwise" in the_error(done)
+
+
 def test_a_branch_and_a_private_repository(desk: Forks) -> None:
     done = desk.llmprune("push", "pruned", "acme/branched", "--revision", "v1/a", "--private")
     assert done.stdout.startswith(f"{desk.hub.url}/acme/branched/tree/v1/a, commit ")
     assert desk.hub.repo("acme/branched").private
     assert desk.hub.files("acme/branched") == {".gitattributes"}
     assert "model.safetensors" in desk.hub.repo("acme/branched").at("v1/a")[1]
+
+
+def test_a_branch_in_shards_over_stale_dense_weights_by_lfs_and_privately(desk: Forks) -> None:
+    """A `model.safetensors` left in the repository would be loaded in place of the shards, without a word."""
+    desk.hub.store.create("model", "acme/stale", private=True)
+    dense = {name: (desk.folder.parent / "base" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    desk.hub.add("acme/stale", {"notes.txt": b"stays", "pytorch_model.bin": b"\0", **dense})
+    arguments = ["--model", BASE, "--revision", "negative", *SMALL, "--max-shard-size", "50KB", "--no-eval", "--quiet"]
+    asked = len(desk.hub.requests)
+    desk.llmprune(*arguments, "--output-dir", "lfs", "--push-to-hub", "acme/stale", **NO_XET)
+    saved, sent = desk.folder / "lfs", [path for path in paths(desk.hub, asked) if "acme/stale" in path]
+    assert_same_files(desk.hub, "acme/stale", saved, others={"notes.txt"})
+    titles = [commit.title for commit in desk.hub.repo("acme/stale").commits.values()]
+    assert titles.count("Upload a model pruned with llmprune") == 1
+    assert any(path.endswith("/info/lfs/objects/batch") for path in sent)
+    assert not any("xet-write-token" in path for path in sent)
+    shards = [load_file(path) for path in saved.glob("model-*.safetensors")]
+    assert len(shards) > 1
+    (norm,) = (shard["transformer.ln_f.weight"] for shard in shards if "transformer.ln_f.weight" in shard)
+    assert (norm == -1).all()
+
+    measure = ["eval", "--dataset", "wikitext2", "--tokens", "64", "--seq-len", "32", "--json", "--model"]
+    assert "acme/stale" in the_error(desk.llmprune(*measure, "acme/stale", code=2, HF_TOKEN=""))
+    loaded, local = (json.loads(desk.llmprune(*measure, name).stdout) for name in ("acme/stale", "lfs"))
+    assert loaded["rows"][0]["value"] == local["rows"][0]["value"]
 
 
 def test_a_pull_request_to_somebody_elses_repository(desk: Forks) -> None:
@@ -150,6 +194,18 @@ def test_a_pull_request_to_somebody_elses_repository(desk: Forks) -> None:
     assert len(repo.pull_requests) == 1
     assert "model.safetensors" in repo.at("refs/pr/1")[1]
     assert desk.hub.files("bob/model") == {".gitattributes", "config.json"}
+
+
+def test_a_pull_request_that_would_change_nothing_is_not_opened(desk: Forks) -> None:
+    desk.llmprune("push", "pruned", "acme/asked")
+    done = desk.llmprune("push", "pruned", "acme/asked", "--create-pr")
+    repo = desk.hub.repo("acme/asked")
+    assert done.stdout.startswith(f"{desk.hub.url}/acme/asked, commit {repo.refs['main']}: ")
+    assert "acme/asked has all of this on main already, so no pull request was opened." in done.stderr
+    assert repo.pull_requests == []
+    desk.llmprune("push", "sharded", "acme/asked", "--create-pr")
+    assert "model.safetensors" not in repo.at("refs/pr/1")[1]
+    assert "model.safetensors" in repo.at("main")[1]
 
 
 def test_a_public_repository_does_not_pass_for_a_private_one(desk: Forks) -> None:
@@ -185,7 +241,11 @@ TOLD = {
     "what is its card": ("/resolve/main/README.md", "The push to acme/cut failed: the Hub does not answer ("),
     "is the card sound": ("/api/validate-yaml", "The push to acme/cut failed: the Hub does not answer ("),
     "chunks": ("/_cas/", "The push to acme/cut failed: the Hub's storage does not answer ("),
-    "read back": (r"/resolve/[0-9a-f]{40}/model", "The push to acme/cut failed: the Hub does not answer ("),
+    "read the configuration back": (
+        r"/resolve/[0-9a-f]{40}/config",
+        "The push to acme/cut failed: the Hub does not answer (",
+    ),
+    "read a shard back": (r"/resolve/[0-9a-f]{40}/model", "The push to acme/cut failed: the Hub does not answer ("),
 }
 """Steps at which a line that stays cut ends the push, in their order: address, and what is said."""
 
@@ -194,6 +254,9 @@ SURVIVED = [
     r"/tree/[0-9a-f]{40}",
 ]
 """Steps that the clients try again by themselves, for up to half a minute."""
+
+SURVIVED_BY_LFS = ["/info/lfs/objects/batch", "/_lfs/", "/_lfs-verify/"]
+NO_XET = {"HF_HUB_DISABLE_XET": "1"}
 
 
 @pytest.mark.parametrize("step", TOLD)
@@ -205,18 +268,33 @@ def test_a_line_that_stays_cut_is_told_in_one_sentence(desk: Forks, step: str) -
     assert "The push" not in expected or command_to_go_on(error) == ["push", str(desk.folder / "pruned"), "acme/cut"]
 
 
+@pytest.mark.parametrize(
+    ("step", "options", "xet"),
+    [("/branch/", ["--revision", "b"], True), ("/discussions", ["--create-pr"], True), ("/commit/", [], False)],
+    ids=["branch", "pull request", "commit by LFS"],
+)
+def test_so_it_is_on_the_other_ways(desk: Forks, step: str, options: list[str], xet: bool) -> None:
+    desk.hub.fault(step, times=99)
+    settings = {} if xet else NO_XET
+    error = the_error(desk.llmprune("push", "pruned", "acme/ways", *options, code=2, **settings))
+    assert error.startswith("Error: The push to acme/ways failed: the Hub does not answer (")
+    assert command_to_go_on(error) == ["push", str(desk.folder / "pruned"), "acme/ways", *options]
+
+
 def test_after_all_these_cuts_the_same_command_completes_it(desk: Forks) -> None:
     desk.llmprune("push", "pruned", "acme/cut")
     assert_arrived(desk.hub, "acme/cut", desk.folder / "pruned")
 
 
-def test_a_line_that_is_cut_once_is_survived(desk: Forks) -> None:
+@pytest.mark.parametrize("way", ["xet", "lfs"])
+def test_a_line_that_is_cut_once_is_survived(desk: Forks, way: str) -> None:
     """At every other step, in the middle of a body where there is one."""
-    for step in SURVIVED:
+    desk.hub.forget(desk.folder / "sharded")
+    for step in SURVIVED if way == "xet" else SURVIVED_BY_LFS:
         desk.hub.fault(step, after=100)
-    desk.llmprune("push", "sharded", "acme/survived")
+    desk.llmprune("push", "sharded", f"acme/survived-{way}", **({} if way == "xet" else NO_XET))
     assert all(fault.times == 0 for fault in desk.hub.faults)
-    assert_arrived(desk.hub, "acme/survived", desk.folder / "sharded")
+    assert_arrived(desk.hub, f"acme/survived-{way}", desk.folder / "sharded")
 
 
 @pytest.mark.parametrize(
@@ -242,12 +320,27 @@ def test_a_refusal_keeps_the_model_and_says_why(
 
 
 def test_by_lfs_a_storage_that_fails_is_told_too(desk: Forks) -> None:
+    desk.hub.forget(desk.folder / "pruned")
     desk.hub.fault("/_lfs/", status=507, message="full", times=99)
-    error = the_error(desk.llmprune("push", "pruned", "acme/lfs", code=2, HF_HUB_DISABLE_XET="1"))
+    error = the_error(desk.llmprune("push", "pruned", "acme/lfs", code=2, **NO_XET))
     assert "there is not enough space on the Hub" in error
     desk.hub.faults.clear()
-    desk.llmprune(*command_to_go_on(error), HF_HUB_DISABLE_XET="1")
+    desk.llmprune(*command_to_go_on(error), **NO_XET)
     assert_arrived(desk.hub, "acme/lfs", desk.folder / "pruned")
+
+
+def test_a_job_whose_push_fails_shows_its_result_all_the_same(desk: Forks) -> None:
+    desk.hub.fault("/commit/", status=413, message=f"no room for {WRITE_TOKEN}", times=99)
+    arguments = [*shlex.split(FIRST_LINE)[1:], *SMALL, "--method", "wanda", "--output-dir", "job", "--push-to-hub"]
+    done = desk.llmprune(*arguments, "acme/job", code=2)
+    assert "perplexity on wikitext2" in done.stdout
+    error = the_error(replace(done, stdout=""))
+    assert "there is not enough space on the Hub (no room for ***)" in error
+    written = [path.read_bytes() for path in (desk.folder / "job").iterdir()]
+    assert not any(WRITE_TOKEN.encode() in content for content in (done.stdout.encode(), *written))
+    desk.hub.faults.clear()
+    desk.llmprune(*command_to_go_on(error))
+    assert_arrived(desk.hub, "acme/job", desk.folder / "job")
 
 
 @pytest.mark.parametrize("address", ["/_cas/v1/xorbs/", "/commit/"])

@@ -20,17 +20,22 @@ from pathlib import Path
 import pytest
 
 from tests.builders import tiny_model, tiny_tokenizer
-from tests.test_hub_end_to_end import Desk, hub, seed
+from tests.loopback.forks import Forks, forks
+from tests.loopback.hub import hub
+from tests.test_hub_end_to_end import Desk, seed
 
 README = Path(__file__).parents[1] / "README.md"
 SMALL = ["--num-samples", "4", "--seq-len", "32", "--eval-tokens", "256"]
 TINY = ["--num-samples", "2", "--seq-len", "32", "--no-eval"]
 
 SIZES = {
-    "scripts/quickstart": ["--num-samples", "8", "--seq-len", "128", "--eval-tokens", "1024", "--eval-seq-len", "128"],
+    "scripts/quickstart": [
+        *("--num-samples", "8", "--seq-len", "128", "--eval-tokens", "1024", "--eval-seq-len", "128"),
+        *("--effort", "fast"),
+    ],
     "llmprune --model gpt2 --sparsity 2:4": SMALL,
     "llmprune --model ./my-model --sparsity 0.5 --method wanda": SMALL,
-    "llmprune --model ./m.gguf --sparsity 4:8": [*TINY, "--effort", "fast"],
+    "llmprune --model ./m.gguf --sparsity 4:8": [*TINY, "--ignore", r"re:.*layers\.([1-9]|1\d|2\d)\..*"],
     "llmprune plan --model gpt2 --sparsity 2:4": ["--num-samples", "4", "--seq-len", "32"],
     "llmprune eval --model ./pruned --dataset wikitext2": ["--tokens", "256", "--seq-len", "32"],
     "llmprune --model ./my-model --low-memory --output-dir lean": TINY,
@@ -47,7 +52,8 @@ SIZES = {
     "llmprune bench ./packed": ["--max-new-tokens", "4", "--rounds", "1", "--no-memory"],
     "llmprune unpack ./packed ./dense": [],
 }
-"""What is added to each command, to keep it short: sizes, and less effort on the large model."""
+"""What is added to each command, to keep it short: sizes, and on the large model
+less effort or fewer layers."""
 
 OURSELVES = {"scripts/test"}  # this is what runs this test
 
@@ -63,21 +69,23 @@ def test_every_command_of_the_readme_is_known_here() -> None:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    """A folder with what the README's reader has: my-model, m.gguf, and a pruned model."""
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """A folder with what the README's reader has: my-model, m.gguf, and a pruned model.
+
+    Commands are forks: there are too many of them to wait for each one's imports.
+    """
     folder = tmp_path_factory.mktemp("reader")
     (folder / "desk").mkdir()
     tiny_model("llama").save_pretrained(folder / "desk/my-model")
     tiny_tokenizer().save_pretrained(folder / "desk/my-model")
-    with hub(folder) as server:
+    with hub(folder) as server, forks(server, folder / "desk") as desk:
         seed(server, folder / "base")
-        desk = Desk(server, folder / "desk")
         desk.llmprune("--model", "my-model", *TINY, "--output-dir", "pruned")
         yield desk
 
 
 @pytest.mark.parametrize("command", [line for line in SIZES if line.startswith("llmprune") and "gguf" not in line])
-def test_command(command: str, desk: Desk) -> None:
+def test_command(command: str, desk: Forks) -> None:
     done = desk.llmprune(*shlex.split(command)[1:], *SIZES[command])
     assert done.stdout
 
@@ -91,7 +99,7 @@ def demo_gguf() -> Path:
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_a_gguf_file(desk: Desk) -> None:
+def test_a_gguf_file(desk: Forks) -> None:
     (desk.folder / "m.gguf").symlink_to(demo_gguf())
     command = "llmprune --model ./m.gguf --sparsity 4:8"
     assert "4:8" in desk.llmprune(*shlex.split(command)[1:], *SIZES[command]).stdout
@@ -102,23 +110,24 @@ def python_examples() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_the_python_example(desk: Desk) -> None:
+def test_the_python_example(desk: Forks) -> None:
     """The first Python block, with sizes put in."""
     example, _ = python_examples()
     code = example.replace('method="wanda"', 'method="wanda", num_samples=4, seq_len=32')
     assert code != example
-    done = desk.run(sys.executable, "-c", f"{code}\nprint(result.report.totals['pruned_weights'])")
+    code += "\nprint(result.report.totals['pruned_weights'])"
+    done = Desk(desk.hub, desk.folder).run(sys.executable, "-c", code)
     assert done.stdout.strip() == "8"
     assert (desk.folder / "gpt2-2of4" / "model.safetensors").exists()
 
 
-def test_the_python_example_with_a_packed_model(desk: Desk) -> None:
+def test_the_python_example_with_a_packed_model(desk: Forks) -> None:
     """The second Python block, on what the first one pruned."""
     if not (desk.folder / "packed").exists():
         desk.llmprune("pack", "pruned", "packed")
     _, example = python_examples()
     code = example + "\nprint(sorted({type(module).__name__ for module in model.modules()}))"
-    assert "'SparseLinear'" in desk.run(sys.executable, "-c", code).stdout
+    assert "'SparseLinear'" in Desk(desk.hub, desk.folder).run(sys.executable, "-c", code).stdout
 
 
 @pytest.mark.real

@@ -8,6 +8,7 @@ decompress_24.py  a 2:4 weight back to a dense one, into a buffer that all layer
 configs_24.py     which kernel and with which settings: candidates for timing, and a choice without
 *_sell.py         the same for unstructured sparsity and up to 4 tokens
 *_bitmap.py       the same for unstructured sparsity and more tokens, and for every other N:M
+sparsegpt_sweep.py  no product, but a step of pruning itself: SparseGPT's columns, a block at a time
 testing/          compile without a GPU and count instructions; run an `mma.sp` kernel without one; compare results
 
 Each public operation checks its arguments and launches a kernel that stands in a file behind it

@@ -1,19 +1,20 @@
 """Has the Hub got what was sent? Asked at the commit that the push made, whatever others push meanwhile.
 
 The Hub names a large file by the sha256 of its bytes and a small one as git does, so every file can be compared
-without downloading it. Then the configuration and the header of one shard are read back, as a loader would read them:
-names alone would not show a storage that has lost the bytes.
+without downloading it. Then the configuration, and the header and the last megabyte of one shard are read back, as a
+loader would read them: names alone would not show a storage that has lost the bytes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from os import SEEK_END
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
@@ -21,6 +22,9 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 __all__ = ["not_arrived"]
 
 _CONFIG = "config.json"
+
+_END = 2**20
+"""Bytes of a shard's end that are read back."""
 
 
 def not_arrived(
@@ -63,7 +67,27 @@ def _read_back(api: HfApi, directory: Path, repo_id: str, *, commit: str, files:
         found = {name: (row.dtype, row.shape, row.data_offsets) for name, row in held.tensors.items()}
         if found != _header(directory / shard):
             faults.append(f"the header of {shard} reads back otherwise")
+        if _end_there(api, repo_id, shard, commit=commit) != _end_here(directory / shard):
+            faults.append(f"the end of {shard} reads back otherwise")
     return faults
+
+
+def _end_there(api: HfApi, repo_id: str, name: str, *, commit: str) -> bytes:
+    """The last bytes of a file of the repository, by a ranged read."""
+    hub = HfFileSystem(endpoint=api.endpoint, token=api.token, skip_instance_cache=True)
+    with hub.open(f"{repo_id}/{name}", "rb", revision=commit, cache_type="none") as file:
+        return _end(file)
+
+
+def _end_here(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return _end(file)
+
+
+def _end(file: Any) -> bytes:
+    file.seek(0, SEEK_END)
+    file.seek(max(0, file.tell() - _END))
+    return bytes(file.read())
 
 
 def _header(path: Path) -> dict[str, tuple[str, list[int], tuple[int, int]]]:

@@ -109,12 +109,14 @@ class CardFacts:
 
     def _quality(self) -> Iterator[dict[str, str]]:
         for dense, pruned in zip(self.report.before, self.report.after):
-            values = {"dense": _with_error(dense), "pruned": _with_error(pruned)}
             if _is_perplexity(pruned):
+                values = {"dense": _with_error(dense), "pruned": _with_error(pruned)}
                 recovery = f"{dense['value'] / pruned['value']:.1%}"
                 yield {"what": f"perplexity, {without_paths(pruned['dataset'])}", **values, "recovery": recovery}
                 yield from _divergence(pruned)
             else:
+                both = {"dense": dense, "pruned": pruned}
+                values = {name: _percent(row["value"], row["standard_error"]) for name, row in both.items()}
                 recovery = f"{pruned['value'] / dense['value']:.1%}" if dense["value"] else "n/a"
                 yield {"what": f"{pruned['task']}, {pruned['metric']}", **values, "recovery": recovery}
 
@@ -126,7 +128,10 @@ class CardFacts:
 
     def _dense_told(self) -> str:
         reasons = Counter(row.reason for row in self.report.skipped)
-        left = [f"{count} matrices ({without_paths(reason)})" for reason, count in reasons.items()]
+        left = [
+            f"{count} {'matrix' if count == 1 else 'matrices'} ({without_paths(reason)})"
+            for reason, count in reasons.items()
+        ]
         return f"Left as they were: {', '.join([*left, 'all norms'])}."
 
     def _size_told(self) -> str:
@@ -171,6 +176,10 @@ def _with_error(row: dict[str, Any]) -> str:
     return _number(row["value"], row["standard_error"])
 
 
+def _percent(share: float, error: float | None) -> str:
+    return f"{_number(100 * share, None if error is None else 100 * error)} %"
+
+
 def _number(value: float, error: float | None) -> str:
     return f"{value:.4g} ± {error:.2g}" if error is not None else f"{value:.4g}"
 
@@ -182,11 +191,7 @@ def _divergence(row: dict[str, Any]) -> Iterator[dict[str, str]]:
     where = without_paths(row["dataset"])
     kl = f"{_number(told['kl'], told['kl_standard_error'])} nats"
     yield {"what": f"KL divergence from dense per token, {where}", "dense": "0", "pruned": kl, "recovery": ""}
-    agreement, error = (
-        None if part is None else 100 * part for part in (told["top1_agreement"], told["top1_standard_error"])
-    )
-    assert agreement is not None
-    top1 = f"{_number(agreement, error)} %"
+    top1 = _percent(told["top1_agreement"], told["top1_standard_error"])
     yield {"what": f"same likeliest token as dense, {where}", "dense": "100 %", "pruned": top1, "recovery": ""}
 
 

@@ -60,6 +60,8 @@ class Conversion:
     """How many dense tensors it holds, packed or not."""
     patterns: dict[str, int] = field(default_factory=dict)
     """How many of them are packed (or were, after unpacking), by pattern: "2:4", "any"."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know, in sentences."""
 
 
 def pack_checkpoint(source: Path, target: Path, *, overwrite: bool = False) -> Conversion:
@@ -123,9 +125,9 @@ def pack_files(source: Path, directory: Path, *, into: Path | None = None) -> Co
             config["quantization_config"] = packed_config(entries)
         write_json(directory / _CONFIG, config)
         refresh_card(directory, name=(into or directory).name)
-        _refresh_page(directory)
+        notes = _refresh_page(directory)
     patterns = dict(Counter(entry.pattern for entry in entries.values()))
-    return Conversion(into or directory, opened.nbytes, Source(directory).nbytes, len(opened.places), patterns)
+    return Conversion(into or directory, opened.nbytes, Source(directory).nbytes, len(opened.places), patterns, notes)
 
 
 def unpack_checkpoint(source: Path, target: Path, *, overwrite: bool = False) -> Conversion:
@@ -149,18 +151,19 @@ def unpack_checkpoint(source: Path, target: Path, *, overwrite: bool = False) ->
         copy_others(opened, staging, but=[_CONFIG])
         write_json(staging / _CONFIG, {key: value for key, value in config.items() if key not in reader.config_keys})
         refresh_card(staging, name=target.name)
-        _refresh_page(staging)
+        notes = _refresh_page(staging)
         after = Source(staging)
-        done = Conversion(target, opened.nbytes, after.nbytes, len(after.places), reader.patterns)
+        done = Conversion(target, opened.nbytes, after.nbytes, len(after.places), reader.patterns, notes)
     return done
 
 
-def _refresh_page(directory: Path) -> None:
-    """Draw the report's page again where it was copied: it shows the size of the files."""
-    if (directory / PAGE).is_file():
-        from llmprune.report.page import write_page  # brings matplotlib
+def _refresh_page(directory: Path) -> tuple[str, ...]:
+    """Draw the report's page again where it was copied, for it shows the size of the files; returns what went wrong."""
+    if not (directory / PAGE).is_file():
+        return ()
+    from llmprune.report.page import page_trouble  # brings matplotlib
 
-        write_page(directory)
+    return tuple(filter(None, [page_trouble(directory)]))
 
 
 class _Ours:

@@ -102,7 +102,7 @@ def check_access(asked: Destination, default_name: str, *, token: str | None = N
 
 
 def _check_repository(api: HfApi, to: Destination, me: dict[str, Any]) -> None:
-    namespaces = [me["name"], *(org["name"] for org in me.get("orgs", ()))]
+    namespaces = [me["name"], *(org["name"] for org in me.get("orgs", ()) if org.get("roleInOrg") != "read")]
     if to.repo_id.split("/")[0] not in namespaces:
         if not to.is_pull_request:
             raise HubError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,6 +58,8 @@ def push(
 ) -> Pushed:
     """Upload the checkpoint in `directory`, compare every file with what the Hub then has, and read it back.
 
+    Nothing is committed where nothing would change, and no pull request is opened.
+
     `say` is told what a person should know. The card in `directory`, if llmprune wrote it, gets the repository's name;
     in a repository whose card somebody else wrote, that card stays, and `say` is told.
 
@@ -68,20 +70,21 @@ def push(
     """
     patience = "; a storage that does not answer is given up after a minute" if limit_patience() else ""
     api = HfApi(token=token)
-    with translated(*_sentence(directory, to), token):
+    with translated(*_sentence(directory, to), token), _without_bars():
         home = str(api.create_repo(to.repo_id, private=to.private, exist_ok=True))
+        refresh_card(directory, name=to.repo_id)
+        if to.create_pr and (done := _on_main_already(api, directory, to.repo_id, home)) is not None:
+            say(f"{to.repo_id} has all of this on main already, so no pull request was opened.")
+            return done
         revision, url = _branch(api, to, home)
     to = replace(to, revision=revision, create_pr=False)  # a second try goes on in the same pull request
     with translated(*_sentence(directory, to), token):
-        refresh_card(directory, name=to.repo_id)
-        ignored = list(IGNORED)
-        if _has_own_card(api, to.repo_id, revision) and is_generated(directory / CARD):
-            ignored.append(CARD)
+        files, ignored = _outgoing(api, directory, to.repo_id, revision)
+        if CARD in ignored:
             say(f"{to.repo_id} has a {CARD} that llmprune did not write; it stays. Ours is in {directory / CARD}.")
-        files = sorted(filter_repo_objects(_files(directory), ignore_patterns=ignored))
         size = sum((directory / name).stat().st_size for name in files)
         say(f"Sending {len(files)} files, {size / 1e6:,.1f} MB, to {to.repo_id}{patience}.")
-        with _bars_on_terminals_only():
+        with nullcontext() if sys.stderr.isatty() else _without_bars():  # LFS draws them into log files too
             sent = api.upload_folder(
                 repo_id=to.repo_id,
                 folder_path=directory,
@@ -90,12 +93,33 @@ def push(
                 ignore_patterns=ignored,
                 delete_patterns=OLD_WEIGHTS,
             )
-            faults = not_arrived(api, directory, to.repo_id, commit=sent.oid, files=files, weights=OLD_WEIGHTS)
+        faults = _faults(api, directory, to.repo_id, commit=sent.oid, files=files)
     if faults:
         what, cure = _sentence(directory, to)
         more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
         raise HubError(f"{what}: commit {sent.oid} is not what was sent, {', '.join(faults[:_NAMED])}{more}; {cure}.")
     return Pushed(url, sent.oid, len(files))
+
+
+def _on_main_already(api: HfApi, directory: Path, repo_id: str, home: str) -> Pushed | None:
+    """What is on main, if it is what a push would bring there: a pull request would be an empty one."""
+    files, _ = _outgoing(api, directory, repo_id, None)
+    commit = str(api.repo_info(repo_id).sha)
+    return None if _faults(api, directory, repo_id, commit=commit, files=files) else Pushed(home, commit, len(files))
+
+
+def _outgoing(api: HfApi, directory: Path, repo_id: str, revision: str | None) -> tuple[list[str], list[str]]:
+    """(files to send, patterns of those that stay at home), a card of ours among these where a person wrote one."""
+    ignored = list(IGNORED)
+    with _without_bars():
+        if _has_own_card(api, repo_id, revision) and is_generated(directory / CARD):
+            ignored.append(CARD)
+    return sorted(filter_repo_objects(_files(directory), ignore_patterns=ignored)), ignored
+
+
+def _faults(api: HfApi, directory: Path, repo_id: str, *, commit: str, files: list[str]) -> list[str]:
+    with _without_bars():
+        return not_arrived(api, directory, repo_id, commit=commit, files=files, weights=OLD_WEIGHTS)
 
 
 def _sentence(directory: Path, to: Destination) -> tuple[str, str]:
@@ -127,9 +151,9 @@ def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
 
 
 @contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """LFS draws its bars into log files too."""
-    if sys.stderr.isatty() or are_progress_bars_disabled():
+def _without_bars() -> Iterator[None]:
+    """For small files, a bar is only another line."""
+    if are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

@@ -50,6 +50,10 @@ _OTHER_FORMS = (
     "tf_model*.h5",
     "flax_model*.msgpack",
     "rust_model.ot",
+    "*.onnx",
+    "*.onnx_data",
+    "openvino_model*",
+    "*.gguf",
 )
 """The same weights once more, as repositories on the Hub hold them for other programs: what is rewritten here would
 stand beside a copy of what it was."""
@@ -150,13 +154,13 @@ def copy_others(source: Source, directory: Path, *, but: Sequence[str]) -> None:
     Hidden files, those named in `but`, and the same weights in other forms stay behind.
     """
     left = {*source.files, *but}
-    for path in sorted(source.directory.iterdir()):
-        if path.name in left or any(fnmatchcase(path.name, pattern) for pattern in (".*", *_OTHER_FORMS)):
+    for path in sorted(source.directory.rglob("*")):
+        place = path.relative_to(source.directory)
+        behind = any(fnmatchcase(part, pattern) for part in place.parts for pattern in (".*", *_OTHER_FORMS))
+        if behind or str(place) in left or path.is_dir():
             continue
-        if path.is_dir():
-            shutil.copytree(path, directory / path.name)
-        else:
-            shutil.copyfile(path, directory / path.name)  # follows the links of a snapshot in the Hub's cache
+        (directory / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, directory / place)  # follows the links of a snapshot in the Hub's cache
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Observer(Watcher):
         """A new stage begins."""
 
     def evaluated(self, done: int, total: int) -> None:
-        """So many windows of an evaluation are done."""
+        """So many windows of an evaluation, or answers of a task, are done."""
 
     def say(self, sentence: str) -> None:
         """Something worth knowing."""

@@ -28,7 +28,7 @@ from llmprune.checkpoint.save import check_generation_config, write
 from llmprune.checkpoint.target import publish, write_errors
 from llmprune.checkpoint.verify import SAME_LOGITS, Verification, verify
 from llmprune.distributed import Team, team_from_environment
-from llmprune.errors import HubError, LlmpruneError
+from llmprune.errors import HubError, LlmpruneError, UserError
 from llmprune.eval.measure import Measured, Measures, Wanted
 from llmprune.job.prepare import (
     calibration,
@@ -190,6 +190,12 @@ class _Run:
             return self._finish(loaded, report, target)
         except KeyboardInterrupt as interrupt:
             raise Stopped(getattr(interrupt, "code", 130), saved=str(target or "")) from None
+        except HubError:
+            raise  # says itself where the model is
+        except LlmpruneError as error:
+            if target is not None:
+                error.args = (f"{error} The pruned model was saved before, in {target}.", *error.args[1:])
+            raise
         finally:
             if self.partial is not None:
                 self.partial.remove()
@@ -206,9 +212,7 @@ class _Run:
             peak_memory_bytes=peak_memory(self.device),
         )
         if target is not None:
-            _replace_report(report, target)
-            write_card(target, report, name=self._card_name(target))
-            _draw_page(target)
+            report = self._describe(report, target)
         model = None if self.hollow else loaded.model
         result = PruneResult(model, loaded.tokenizer, report, target, dense_bytes=self.dense_bytes)
         if target is None or self.destination is None:
@@ -220,6 +224,21 @@ class _Run:
         except HubError as error:
             error.result = result
             raise
+
+    def _describe(self, report: Report, target: Path) -> Report:
+        """Report, card and page, now that all is measured. Without a page the rest goes on, and the report says so."""
+        from llmprune.report.page import page_trouble  # brings matplotlib, which nothing before this point needs
+
+        try:
+            _replace_report(report, target)
+            if (trouble := page_trouble(target)) is not None:
+                self.observer.say(f"{trouble}.")
+                report = replace(report, notes=(*report.notes, trouble))
+                _replace_report(report, target)
+            write_card(target, report, name=self._card_name(target))
+        except OSError as error:
+            raise UserError(f"The report could not be finished: {error}.") from error
+        return report
 
     def _evaluate(self, stage: str, loaded: Loaded, measure: Callable[[Any, Any], Measured]) -> Measured:
         if not self.evaluation.asks_for_something:
@@ -332,10 +351,3 @@ def _replace_report(report: Report, directory: Path) -> None:
     scratch.mkdir(exist_ok=True)
     report.write(scratch).replace(directory / REPORT)
     scratch.rmdir()
-
-
-def _draw_page(directory: Path) -> None:
-    """The report as a page, beside it."""
-    from llmprune.report.page import write_page  # brings matplotlib, which nothing before this point needs
-
-    write_page(directory)

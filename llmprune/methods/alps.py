@@ -103,7 +103,7 @@ class Alps:
         choice = _Choice(pattern, row_blocks(weight, rows))
         keep = choice.exact(problem.target)
         dropped = problem.target.masked_fill(keep, 0).count_nonzero()
-        if not pooled(dropped):  # it has the pattern already: nothing to repair
+        if not pooled(dropped) or not pooled(keep.sum()):  # nothing to repair, or nothing left
             mask = keep.T.contiguous()
             return Solution(weight.where(mask, 0), mask)
         state = problem.target
@@ -121,13 +121,13 @@ def _admm(
     """The state S (in_features, out_features) when the mask rests, or after so many steps."""
     state = problem.target * keep
     inverse, before, kept = _inverse(problem.matrix, penalty), keep, pooled(keep.sum()).item()
-    sign, pulled = torch.empty_like(state), torch.empty_like(state)  # once: at every step they would cost as much again
+    chosen, pulled = torch.empty_like(state), torch.empty_like(state)  # once: new memory costs as much as a step
     for step in range(1, steps + 1):
-        torch.mul(keep, 2 * penalty, out=sign).sub_(penalty)
-        torch.addcmul(problem.product, state, sign, out=pulled)  # B + ρ(Z − U)
-        torch.mul(state, keep.logical_not(), out=state).addmm_(inverse, pulled)  # U + Y
+        torch.mul(state, chosen.copy_(keep), out=chosen)  # Z
+        torch.add(problem.product, state, alpha=-penalty, out=pulled).add_(chosen, alpha=2 * penalty)  # B + ρ(Z − U)
+        state.sub_(chosen).addmm_(inverse, pulled)  # U + Y
         keep = choice.quick(state)
-        if step % PATIENCE:
+        if step % PATIENCE or step == steps:
             continue
         changed = pooled((keep != before).sum()).item() / 2 / kept
         if changed == 0:

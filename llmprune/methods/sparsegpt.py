@@ -7,13 +7,15 @@ on weights that earlier columns have already changed: per group of m for N:M, pe
 linear otherwise.
 
 Speed: columns are handled one by one only inside a small strip; the rest of their block receives one product per
-strip and the rest of the matrix one per block. The weight is held transposed, so that a column is contiguous.
+strip and the rest of the matrix one per block. The weight is held transposed, so that a column is contiguous. On a GPU
+one kernel sweeps the whole block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
@@ -25,6 +27,7 @@ from llmprune.sparsity.masks import mask_per_matrix, nm_mask, row_blocks
 from llmprune.sparsity.parts import Pooled, alone
 from llmprune.sparsity.pattern import NM, Pattern, Unstructured
 from llmprune.sparsity.statistics import Hessian, Statistic
+from llmprune.triton_kernels.sparsegpt_sweep import sparsegpt_sweep
 
 __all__ = ["SparseGPT", "inverse_factor"]
 
@@ -133,6 +136,8 @@ def inverse_factor(hessian: Tensor, dampening_frac: float) -> tuple[Tensor, tupl
 
 def _sweep(columns: Tensor, keep: Tensor, factor: Tensor, masks: _NMMasks | _BlockMasks) -> Tensor:
     """Prune one block in place: columns (B, O), keep (B, O) bool, factor U (B, B). Returns the errors (B, O)."""
+    if columns.is_cuda and find_spec("triton"):  # which there is not for every system that has CUDA
+        return masks.swept_at_once(columns, keep, factor)
     errors = torch.empty_like(columns)
     diagonal = factor.diagonal()
     for strip, chosen in masks.strips(columns, diagonal):
@@ -160,6 +165,10 @@ class _NMMasks:
             scores = (columns[strip] / diagonal[strip, None]).abs()
             yield strip, nm_mask(scores.T, self.pattern.n, self.pattern.m).T
 
+    def swept_at_once(self, columns: Tensor, keep: Tensor, factor: Tensor) -> Tensor:
+        """The sweep of a block by one kernel."""
+        return sparsegpt_sweep(columns, keep, factor, pattern=(self.pattern.n, self.pattern.m))
+
 
 class _BlockMasks:
     """Masks chosen for a whole block of columns at once, over all rows of each linear.
@@ -175,6 +184,17 @@ class _BlockMasks:
         self.in_features, self.done = weight.shape[1], 0
 
     def strips(self, columns: Tensor, diagonal: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        chosen = self._chosen(columns, diagonal)
+        for start in range(0, len(columns), STRIP):
+            strip = slice(start, min(start + STRIP, len(columns)))
+            yield strip, chosen[strip]
+
+    def swept_at_once(self, columns: Tensor, keep: Tensor, factor: Tensor) -> Tensor:
+        """The sweep of a block by one kernel."""
+        keep.copy_(self._chosen(columns, factor.diagonal()))
+        return sparsegpt_sweep(columns, keep, factor)
+
+    def _chosen(self, columns: Tensor, diagonal: Tensor) -> Tensor:
         scores = (columns / diagonal[:, None]).abs()
         end = self.done + len(columns)
         chosen = torch.empty_like(columns, dtype=torch.bool)
@@ -182,6 +202,4 @@ class _BlockMasks:
             zeros = total * end // self.in_features - total * self.done // self.in_features
             chosen[:, linear] = mask_per_matrix(scores[:, linear], zeros)
         self.done = end
-        for start in range(0, len(columns), STRIP):
-            strip = slice(start, min(start + STRIP, len(columns)))
-            yield strip, chosen[strip]
+        return chosen

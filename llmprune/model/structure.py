@@ -20,6 +20,9 @@ from llmprune.results import SkippedWeight
 
 __all__ = ["Decoder", "LayerMatrices", "decoder_of", "find_decoder", "matrices_of", "max_seq_len", "skipped_outside"]
 
+IGNORED = "--ignore"
+"""Why a matrix stays dense that the user has named."""
+
 TOLERATED = 0.05
 """Share of a layer's matrix parameters that may be out of reach."""
 
@@ -131,7 +134,7 @@ def matrices_of(layer: nn.Module, prefix: str, ignore: Sequence[str] = ()) -> La
     for name, parameter in layer.named_parameters():
         if parameter.ndim < 2 or not parameter.is_floating_point():
             continue
-        reason = dense.get(name) or ("--ignore" if is_ignored(prefix + name, ignore) else None)
+        reason = dense.get(name) or (IGNORED if is_ignored(prefix + name, ignore) else None)
         if reason is None and parameter.ndim > 3:
             reason = f"{parameter.ndim}-D"
         if reason:

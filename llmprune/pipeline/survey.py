@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmprune.config import PruneConfig
 from llmprune.errors import UserError
 from llmprune.model.structure import (
+    IGNORED,
     Decoder,
     LayerMatrices,
     check_ignore,
@@ -101,7 +102,8 @@ def settled(
     UnsupportedModel, UserError
         if too much of the layer is out of reach, or a weight does not divide into groups of m.
     """
-    require_reach(prefix, layer, matrices.names, schedule.out_of_reach)
+    if matrices.names or not any(row.reason == IGNORED for row in matrices.skipped):  # a whole layer may stay dense
+        require_reach(prefix, layer, matrices.names, schedule.out_of_reach)
     missed = [_missed(layer, prefix, name) for name in schedule.out_of_reach]
     schedule, indivisible = _divisible(layer, prefix, schedule, config)
     return schedule, [*matrices.skipped, *missed, *indivisible]

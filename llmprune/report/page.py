@@ -21,7 +21,7 @@ from llmprune.report.measures import measures_of
 from llmprune.report.palette import css_variables
 from llmprune.report.words import as_count, as_duration, as_figure, as_percent, as_setting
 
-__all__ = ["Drawn", "drawn", "fill", "place", "run_page", "write_page"]
+__all__ = ["Drawn", "drawn", "fill", "page_trouble", "place", "run_page", "write_page"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,20 @@ def write_page(directory: Path) -> Path:
         if there is no report, it cannot be used, or the page cannot be written.
     """
     return place(run_page(read_run(directory)), directory / PAGE)
+
+
+def page_trouble(directory: Path) -> str | None:
+    """Draw the page as `write_page` does, for whom it is a by-product: what went wrong, in a sentence, or None.
+
+    Then there is no page at all: an older one would tell of other files.
+    """
+    try:
+        write_page(directory)
+    except Exception as error:  # of matplotlib, fonts, templates, a full disk: no reason to lose the rest
+        (directory / PAGE).unlink(missing_ok=True)
+        what = " ".join(str(error).split()).rstrip(".") or "no reason given"
+        return f"{PAGE} could not be drawn ({type(error).__name__}: {what}); `llmprune report DIR` tries again"
+    return None
 
 
 def place(page: str, path: Path) -> Path:

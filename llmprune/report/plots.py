@@ -180,6 +180,8 @@ def value_dots(measures: Sequence[Measure], name: str, *, width: int) -> str:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=max(3, width // 60)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
         for row, measure in enumerate(measures):
             _dot(axes, measure.dense, row, "muted", filled=False)
             if measure.pruned is not None:

@@ -68,7 +68,9 @@ def sameness_told(row: Mapping[str, Any]) -> str:
     same = row["same_tokens"]
     if not same:
         return "differs from the first token on"
-    return f"the same for {same} tokens" if same < row["tokens"] else f"the same {same} tokens"
+    if same >= row["tokens"]:
+        return f"the same {same} tokens"
+    return f"the same for {same} token{'' if same == 1 else 's'}"
 
 
 def error_told(grid: Grid) -> str:

@@ -189,14 +189,14 @@ def _differing(configs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list
             yield name, ["" if value == "None" else value for value in values]
 
 
-def _texts(told: list[_Told]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Prompts, and what was written after each: by the dense models, then by the pruned ones."""
-    written: dict[str, dict[str, str]] = {}
+def _texts(told: list[_Told]) -> Iterator[tuple[str, list[tuple[str, str, int | None]]]]:
+    """Prompts, and what was written after each: by the dense models, then by the pruned ones, with the run's index."""
+    written: dict[str, dict[str, tuple[str, int | None]]] = {}
     for run in told:
         for row in run.generations:
-            written.setdefault(row["prompt"], {})[f"{run.model}, dense"] = row["dense"]
+            written.setdefault(row["prompt"], {})[f"{run.model}, dense"] = (row["dense"], None)
     for run in told:
         for row in run.generations:
-            written[row["prompt"]][run.label] = row["pruned"]
+            written[row["prompt"]][run.label] = (row["pruned"], run.index)
     for prompt, texts in written.items():
-        yield prompt, list(texts.items())
+        yield prompt, [(label, *text) for label, text in texts.items()]

@@ -53,12 +53,12 @@ class LeastSquares:
         scale = matrix.diagonal().sqrt()
         matrix /= scale
         matrix /= scale[:, None]
-        scaled = target.T * scale[:, None]
+        scaled = target.T.contiguous().mul_(scale[:, None])  # all that follows lies in memory as this does
         return cls(matrix, scale, scaled, matrix @ scaled)
 
     def to_scaled(self, weight: Tensor) -> Tensor:
         """(out_features, in_features) → (in_features, out_features)."""
-        return weight.T * self.scale[:, None]
+        return weight.T.contiguous().mul_(self.scale[:, None])
 
     def from_scaled(self, scaled: Tensor) -> Tensor:
         """(in_features, out_features) → (out_features, in_features), contiguous."""

@@ -111,7 +111,7 @@ def test_dense_beside_pruned_with_recovery(report: Report, saved: Path) -> None:
     assert "| perplexity, wikitext2 test | 20 ± 0.5 | 25 ± 0.5 | 80.0% |" in text
     assert "| KL divergence from dense per token, wikitext2 test | 0 | 0.125 ± 0.01 nats |  |" in text
     assert "| same likeliest token as dense, wikitext2 test | 100 % | 75 % |  |" in text
-    assert "| piqa, acc | 0.8 | 0.6 | 75.0% |" in text
+    assert "| piqa, acc | 80 % | 60 % | 75.0% |" in text
     for protocol in ("wikitext2 test: as it is measured.", "KL as it is measured.", "piqa: zero-shot."):
         assert f"\n- {protocol}\n" in text
 
@@ -122,7 +122,7 @@ def test_what_was_done_what_is_zero_and_how_to_load_it(report: Report, saved: Pa
     assert "c4 train, commit `1111111111111111111111111111111111111111`, 128 windows of 2048 tokens, seed 0" in text
     assert re.search(r"\| self_attn\.q_proj \| 2 \| 2:4 \| 50\.00% \| 0\.000 \|", text)
     assert "2 matrices (router)" not in text
-    assert "1 matrices (router), all norms" in text
+    assert "1 matrix (router), all norms" in text
     assert "Weights on disk: 2.0 MB in 1 file." in flat(text)
     assert 'AutoModelForCausalLM.from_pretrained("ada/m")' in text
     assert "as large and as fast as the base model" in flat(text)
@@ -247,4 +247,4 @@ def test_every_method_has_a_title() -> None:
 
 def test_skipped_weights_are_counted_by_reason(report: Report, saved: Path) -> None:
     skipped = (*report.skipped, SkippedWeight("a", (4, 4), "--ignore"), SkippedWeight("b", (4, 4), "--ignore"))
-    assert "1 matrices (router), 2 matrices (--ignore), all norms" in text_of(replace(report, skipped=skipped), saved)
+    assert "1 matrix (router), 2 matrices (--ignore), all norms" in text_of(replace(report, skipped=skipped), saved)

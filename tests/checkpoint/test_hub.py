@@ -75,6 +75,12 @@ def test_a_token_that_may_only_read(hub: Hub) -> None:
         check_access(Destination("m"), "m")
 
 
+def test_an_organisation_in_which_one_may_only_read(hub: Hub) -> None:
+    hub.answers["whoami"]["orgs"].append({"name": "museum", "roleInOrg": "read"})
+    with pytest.raises(HubError, match="may write to ada, lab"):
+        check_access(Destination("museum/m"), "m")
+
+
 def test_somebody_elses_namespace_takes_a_pull_request_only(hub: Hub) -> None:
     with pytest.raises(HubError, match="belongs to ada, who may write to ada, lab"):
         check_access(Destination("bob/m"), "m")

@@ -5,112 +5,31 @@ from __future__ import annotations
 import errno
 import json
 import re
-import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import llmprune
 from llmprune.checkpoint import convert, stream
 from llmprune.checkpoint.convert import pack_checkpoint, unpack_checkpoint
-from llmprune.checkpoint.layout import fingerprint, saved_ties
 from llmprune.checkpoint.packed import pack_tensor
-from llmprune.checkpoint.report import Report, describe_tensors, totals
-from llmprune.checkpoint.save import write
+from llmprune.checkpoint.report import Report
 from llmprune.checkpoint.stream import Source
 from llmprune.checkpoint.verify import verify
 from llmprune.cli import root
 from llmprune.errors import UserError, VerificationError
 from tests.builders import FAMILIES, tiny_model
-from tests.checkpoint.pruning import prune_by_hand
+from tests.checkpoint.packing import UP, config_of, pruned_checkpoint, same_bits, tensors_of
 
-UP = "model.layers.1.mlp.up_proj.weight"
 IDS = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(0))
-
-
-def pruned_checkpoint(
-    directory: Path,
-    family: str = "llama",
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    negative_zeros: bool = False,
-    max_shard_size: str = "5GB",
-) -> Path:
-    """2:4, with a report. Pruning by hand leaves −0.0 behind, which the format keeps as an entry."""
-    model = tiny_model(family, dtype)
-    before = fingerprint(model)
-    pruned = prune_by_hand(model)
-    if not negative_zeros:
-        for name in {row.parameter for row in pruned}:
-            model.get_parameter(name).data += 0.0
-    directory.mkdir(parents=True)
-    write(model, None, directory, source=None, max_shard_size=max_shard_size, provenance={"a": 1})
-    tensors = describe_tensors(model, pruned, before=before)
-    Report(
-        versions={},
-        command="",
-        config={},
-        source={},
-        pruned=tuple(pruned),
-        skipped=(),
-        totals=totals(pruned, tensors),
-        tensors=tensors,
-        ties=saved_ties(model),
-    ).write(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pruned_checkpoint(tmp_path_factory.mktemp("dense") / "out")
-
-
-@pytest.fixture(scope="module")
-def packed(dense: Path) -> Path:
-    return pack_checkpoint(dense, dense.parent / "packed").directory
-
-
-@pytest.fixture
-def copy(packed: Path, tmp_path: Path) -> Path:
-    """A packed checkpoint to spoil."""
-    return Path(shutil.copytree(packed, tmp_path / "copy"))
-
-
-def tensors_of(directory: Path) -> dict[str, Tensor]:
-    held: dict[str, Tensor] = {}
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            assert file.metadata() == {"format": "pt"}
-            held |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    return held
-
-
-def config_of(directory: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    return content
-
-
-def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    assert one.keys() == other.keys()
-    pairs = [(one[name], other[name]) for name in one]
-    assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
-    return all(torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) for a, b in pairs)
-
-
-def spoil(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -308,114 +227,6 @@ def test_a_link_into_a_cache_is_followed(dense: Path, tmp_path: Path) -> None:
         (source / path.name).symlink_to(path)
     done = pack_checkpoint(source, tmp_path / "packed")
     assert not any(path.is_symlink() for path in done.directory.iterdir())
-
-
-def with_config(directory: Path, **settings: object) -> None:
-    (directory / "config.json").write_text(json.dumps({**config_of(directory), **settings}))
-
-
-def unfinished(directory: Path, **_: object) -> None:
-    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
-    index = {"weight_map": {UP: "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def escaping(directory: Path) -> None:
-    (directory / "model.safetensors").unlink()
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: "../model.safetensors"}}))
-
-
-def taken(directory: Path) -> None:
-    spoil(directory, lambda tensors: tensors.update({f"{UP}_index": torch.ones(2)}))
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
-        (lambda d: (d / "config.json").unlink(), "config.json cannot be read"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"nothing"), "cannot be read"),
-        (lambda d: with_config(d, quantization_config={"quant_method": "gptq"}), "quantized or compressed .*gptq"),
-        (lambda d: with_config(d, text_config={"quantization_config": {"quant_method": "fp8"}}), "fp8"),
-        (unfinished, "model-00002-of-00002.safetensors is missing"),
-        (escaping, "names no files beside it"),
-        (taken, f"{UP}_index, where the index"),
-    ],
-)
-def test_what_cannot_be_packed_is_refused(
-    change: Callable[[Path], object], expected: str, dense: Path, tmp_path: Path
-) -> None:
-    source = Path(shutil.copytree(dense, tmp_path / "dense"))
-    change(source)
-    with pytest.raises(UserError, match=expected):
-        pack_checkpoint(source, tmp_path / "packed")
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
-
-
-def test_nothing_to_gain_is_an_error(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    with pytest.raises(UserError, match="no weight with enough zeros"):
-        pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
-
-
-def test_packed_is_not_packed_again_and_dense_not_unpacked(dense: Path, packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="packed already"):
-        pack_checkpoint(packed, tmp_path / "again")
-    with pytest.raises(UserError, match="dense already"):
-        unpack_checkpoint(dense, tmp_path / "again")
-    assert not list(tmp_path.iterdir())
-
-
-def change_entry(directory: Path, **settings: object) -> None:
-    config = config_of(directory)
-    config["quantization_config"]["weights"][UP] |= settings
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def change_values(tensors: dict[str, Tensor]) -> None:
-    tensors[UP] = tensors[UP][:, :-1].contiguous()
-
-
-def change_index(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{UP}_index"][3, 1] ^= 1
-
-
-BAD: list[tuple[Callable[[Path], object], str]] = [
-    (lambda d: spoil(d, change_values), f"{UP}: "),
-    (lambda d: spoil(d, change_index), f"{UP}: the index"),
-    (lambda d: spoil(d, lambda tensors: tensors.pop(f"{UP}_index")), f"{UP}_index"),
-    (lambda d: change_entry(d, kept=3), f"{UP}: config.json"),
-    (lambda d: change_entry(d, shape=[32, 48]), f"{UP}: "),
-    (lambda d: change_entry(d, input_axis=2), f"{UP}: config.json"),
-    (lambda d: change_entry(d, pattern="1:4"), f"{UP}: "),
-]
-
-
-@pytest.mark.parametrize(("change", "expected"), BAD)
-def test_damaged_packed_data_is_refused_by_name_and_nothing_is_written(
-    change: Callable[[Path], object], expected: str, copy: Path, tmp_path: Path
-) -> None:
-    change(copy)
-    with pytest.raises(UserError, match=expected.replace(".", r"\.")):
-        unpack_checkpoint(copy, tmp_path / "back")
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
-    found = verify(copy, reload=False)
-    assert any(UP in failure for check in found.checks for failure in check.failures)
-
-
-@pytest.mark.parametrize(("settings", "expected"), [({"format": 2}, "update llmprune"), ({"weights": [1]}, "damaged")])
-def test_a_format_that_is_not_known_is_refused(settings: dict[str, Any], expected: str, copy: Path) -> None:
-    with_config(copy, quantization_config={**config_of(copy)["quantization_config"], **settings})
-    with pytest.raises(UserError, match=expected):
-        unpack_checkpoint(copy, copy.parent / "back")
-    assert not verify(copy, reload=False).ok
-
-
-def test_verify_finds_a_changed_value_in_a_packed_checkpoint(copy: Path) -> None:
-    spoil(copy, lambda tensors: tensors[UP][2, 3:4].add_(1))
-    found = verify(copy, reload=False)
-    assert [failure for check in found.checks for failure in check.failures] == [f"{UP} differs from what was saved"]
 
 
 def run(*arguments: object) -> None:

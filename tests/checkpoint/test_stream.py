@@ -20,6 +20,8 @@ OTHER_FORMS = (
     "consolidated.00.pth",
     "tf_model.h5",
     "flax_model.msgpack",
+    "original/consolidated.00.pth",
+    "onnx/model.onnx",
 )
 
 
@@ -28,10 +30,12 @@ def checkpoint(tmp_path: Path) -> Path:
     source = tmp_path / "source"
     source.mkdir()
     save_file({"weight": torch.ones(2, 2)}, source / "model.safetensors")
-    for name in (*BESIDE, *OTHER_FORMS, ".gitattributes", "config.json"):
+    for name in (*BESIDE, *OTHER_FORMS, ".gitattributes", ".cache/huggingface/x.json", "config.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text("{}")
-    (source / "assets").mkdir()
-    (source / "assets" / "picture.png").write_text("kept")
+    for name in ("assets/picture.png", "original/params.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("kept")
     return source
 
 
@@ -39,5 +43,7 @@ def test_neighbours_come_along_but_no_second_copy_of_the_weights(checkpoint: Pat
     target = tmp_path / "target"
     target.mkdir()
     copy_others(Source(checkpoint), target, but=["config.json"])
-    assert {path.name for path in target.iterdir()} == {*BESIDE, "assets"}
-    assert (target / "assets" / "picture.png").read_text() == "kept"
+    found = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if path.is_file()}
+    assert set(found) == {*BESIDE, "assets/picture.png", "original/params.json"}
+    assert found["original/params.json"].read_text() == "kept"
+    assert {path.name for path in target.iterdir() if path.is_dir()} == {"assets", "original"}

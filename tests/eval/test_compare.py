@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import llmprune
 from llmprune.checkpoint.convert import pack_checkpoint
 from llmprune.eval import compare, perplexity
+from llmprune.eval.measure import Measured
 from llmprune.results import percent_with_error, recovery, with_error
 from tests.builders import tiny_tokenizer
 from tests.eval.small_models import MODELS
@@ -103,6 +107,22 @@ def test_the_table_has_a_column_for_each(desk: Desk, capsys: pytest.CaptureFixtu
     assert pruned.endswith(f"({recovery(before, after):.1f} %)")
     assert "of a perplexity dense / pruned" in out
     assert out.count("prompt: ") == 2
+
+
+@pytest.mark.parametrize("width", [62, 100])
+def test_where_there_is_little_room_names_are_broken_and_not_numbers(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        ["perplexity on wikitext2 test", "111.4 ± 17", "320.1 ± 43 (34.8 %)", "119.2 ± 17 (93.4 %)"],
+        ["  top-1 agreement", "", "12.55 ± 0.92 %", "34.41 ± 1.34 %"],
+    ]
+    monkeypatch.setattr(compare, "_rows", lambda _: iter(rows))
+    found = [compare.Column(name, Measured(())) for name in ("dense", "a", "b")]
+    Console(width=width, file=(written := io.StringIO())).print(compare._table(found, width))
+    cells = {cell.strip() for cell in re.split("[│\n]", written.getvalue())}
+    assert cells >= {"12.55 ± 0.92 %", "34.41 ± 1.34 %", "111.4 ± 17"}
+    assert cells >= ({"320.1 ± 43", "(34.8 %)"} if width == 62 else {"320.1 ± 43 (34.8 %)", rows[0][0]})
 
 
 def test_eval_beside_the_dense_model(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:

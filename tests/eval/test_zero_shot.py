@@ -102,8 +102,12 @@ def test_items_as_the_hub_has_them_are_read_from_files_too(data: Path, capfd: py
     tasks = ["lambada", "piqa", "hellaswag", "arc_easy", "winogrande"]
     model = MODELS["llama"]()
     model.train()
-    rows = zero_shot(model, tiny_tokenizer(), tasks, data=data)
+    steps: list[tuple[int, int]] = []
+    rows = zero_shot(model, tiny_tokenizer(), tasks, data=data, progress=lambda *step: steps.append(step))
     assert [row.task for row in rows] == tasks
+    answers = [14, 14, 28, 21, 14]  # items × choices
+    assert [total for done, total in steps if done == total] == answers
+    assert all(0 < done <= total for done, total in steps)
     assert [row.items for row in rows] == [len(items) for items in ROWS.values()]
     assert all(0 <= row.value <= 1 for row in rows)
     assert model.training
@@ -114,7 +118,9 @@ def test_items_as_the_hub_has_them_are_read_from_files_too(data: Path, capfd: py
 @needs_harness
 @pytest.mark.slow
 def test_out_of_reach_of_the_hub_is_one_sentence() -> None:
-    with pytest.raises(UserError, match=r"the items of winogrande cannot be read from the Hub: .* \(--data\)\."):
+    with pytest.raises(
+        UserError, match=r"the items of winogrande cannot be read from the Hub: .*[^.]; give a folder .*\(--data,"
+    ):
         zero_shot(MODELS["llama"](), tiny_tokenizer(), ["winogrande"])
 
 

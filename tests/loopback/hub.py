@@ -11,6 +11,7 @@ have the statuses, codes and texts of the Hub; its permissions are simplified to
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -86,6 +87,12 @@ class LoopbackHub(ThreadingHTTPServer):
     def files(self, repo_id: str) -> set[str]:
         """The paths on a model repository's main branch."""
         return set(self.repo(repo_id).at("main")[1])
+
+    def forget(self, directory: Path) -> None:
+        """As if the weights in this folder, which other tests may have sent, had never come."""
+        for path in directory.glob("*.safetensors"):
+            for known in (self.store.objects, self.store.cas.by_sha256):
+                known.pop(hashlib.sha256(path.read_bytes()).hexdigest(), None)
 
     def fault(
         self,

@@ -6,9 +6,10 @@ The client's side of each: `huggingface_hub.HfApi` (whoami, create_repo, auth_ch
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
-from tests.loopback.store import Entry, Refused
+from tests.loopback.store import Entry, Refused, git_oid
 from tests.loopback.wire import BRANCH, FILE, REPO, Exchange, route
 
 __all__ = ["ROUTES"]
@@ -55,13 +56,16 @@ def info(x: Exchange, kind: str, repo_id: str, revision: str = "main") -> None:
 
 
 def tree(x: Exchange, kind: str, repo_id: str, revision: str, path: str = "") -> None:
-    """Files in a folder, and with `recursive` those in the folders below; the folders themselves are left out."""
+    """Files and folders in a folder, and with `recursive` all that is in the folders below."""
     _, files = x.repo(kind, repo_id).at(revision)
     folder, deep = f"{path}/" if path else "", x.query("recursive")
-    names = [name for name in sorted(files) if name.startswith(folder) and (deep or "/" not in name[len(folder) :])]
-    if path and not names:
+    below = [name for name in sorted(files) if name.startswith(folder)]
+    if path and not below:
         raise Refused(404, f'{path} does not exist on "{revision}"', "EntryNotFound")
-    x.reply(200, [_file_row(name, files[name]) for name in names])
+    folders = {str(parent) for name in below for parent in PurePosixPath(name[len(folder) :]).parents} - {"."}
+    rows = [{"type": "directory", "path": folder + name, "oid": git_oid(name.encode()), "size": 0} for name in folders]
+    rows += [_file_row(name, files[name]) for name in below]
+    x.reply(200, [row for row in rows if deep or "/" not in row["path"][len(folder) :]])
 
 
 def _file_row(path: str, entry: Entry) -> dict[str, Any]:

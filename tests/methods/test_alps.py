@@ -87,6 +87,13 @@ def test_without_a_step_its_mask_is_that_of_the_largest_scaled_entries(pattern: 
     assert output_error(inputs, weight, found.weight) < 0.9 * output_error(inputs, weight, weight.where(expected, 0))
 
 
+def test_a_pattern_that_leaves_nothing_leaves_nothing() -> None:
+    """7 of 8 entries of a 2 × 2 matrix are, rounded, all of them."""
+    solution = Alps().prune(random_weight(2, 2), hessian_of(inputs_like_a_models(9, 2)), Unstructured(0.875))
+    assert not solution.mask.any()
+    assert not solution.weight.any()
+
+
 @pytest.mark.parametrize(("name", "least"), [("admm_steps", 0), ("refit_steps", 1)])
 def test_steps_are_counted(name: str, least: int) -> None:
     with pytest.raises(UserError, match=f"{name} is a number of steps, at least {least}; got {least - 1}"):

@@ -14,6 +14,7 @@ import pytest
 from llmprune.errors import UserError
 from llmprune.report.document import PAGE, REPORT, Run
 from llmprune.report.page import run_page, write_page
+from llmprune.report.sentences import sameness_told
 from tests.report.documents import document, first_schema, pruned_row
 
 SCRIPT = "<script>alert(1)</script>"
@@ -165,6 +166,20 @@ def test_what_a_run_does_not_have_is_left_out(missing: str) -> None:
     text = Reader(page_of(held)).text
     assert ("not measured" in text) == (missing == "after")
     assert ("Nothing was measured" in text) == (missing == "before")
+
+
+def test_scores_are_per_cent_on_the_axis_too_and_no_line_ends_within_an_option() -> None:
+    held = document() | {"command": "llmprune --model gpt2 --sparsity 2:4"}
+    page = page_of(held)
+    scores = page[page.index("Dots with standard errors: lambada") :].partition("</svg>")[0]
+    assert re.search(r">\d+(\.\d)?%</text>", scores)
+    assert "<code><span>llmprune</span> <span>--model</span> <span>gpt2</span> " in page
+
+
+def test_a_single_token_is_no_tokens() -> None:
+    told = [sameness_told({"same_tokens": same, "tokens": 32}) for same in (0, 1, 2, 32)]
+    assert told[1:] == ["the same for 1 token", "the same for 2 tokens", "the same 32 tokens"]
+    assert told[0] == "differs from the first token on"
 
 
 def test_the_page_of_an_old_report_is_drawn() -> None:

@@ -36,6 +36,12 @@ def test_runs_of_one_model_share_its_dense_row_and_show_what_differs() -> None:
     assert "setting one two method wanda sparsegpt seed 0 3" in text
 
 
+def test_what_a_run_writes_has_its_colour() -> None:
+    page = compare(one=document(), two=document())
+    for index, name in enumerate(("one", "two")):
+        assert f'style="border-top-color: var(--run-{index}); border-top-style: solid"><b>{name}</b>' in page
+
+
 def test_numbers_of_two_protocols_stand_in_two_columns() -> None:
     longer = document()
     for when in ("before", "after"):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmprune.recipe import MeanInputs
 from llmprune.sparsity.statistics import PairedHessian
-from llmprune.sparsity.target import _shift, shifted_target
+from llmprune.sparsity.target import SAMPLE, _sample, _shift, shifted_target
 from tests.methods.problems import CPU, inputs_like_a_models, random_weight
 
 WIDTH, OUT = 24, 16
@@ -70,8 +70,11 @@ def test_with_plenty_of_tokens_it_is_the_regression_on_the_dense_outputs() -> No
 
 @pytest.mark.parametrize("tokens", [8, 20, 60, 200])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_held_out_error_never_grows(tokens: int, seed: int) -> None:
-    """Also where the shift is learned from fewer tokens than there are inputs, and is mostly noise."""
+@pytest.mark.parametrize("sample", [3, 128])
+def test_the_held_out_error_never_grows(tokens: int, seed: int, sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the shift is learned from fewer tokens than there are inputs, and is mostly noise; and where few rows
+    are looked at to choose the damping."""
+    monkeypatch.setattr("llmprune.sparsity.target.SAMPLE", sample)
     weight = random_weight(OUT, WIDTH, seed)
     known, held = changed_inputs(tokens, seed, noise=2.0), changed_inputs(100, seed + 50, noise=2.0)
     statistic, other = paired(*known), paired(*held)
@@ -104,9 +107,20 @@ def test_held_out_windows_can_stay_unseen() -> None:
     unseen = shifted_target(weight, known, held, [OUT], learn_from_all=False)
     seen = shifted_target(weight, known, held, [OUT])
     assert unseen.step == seen.step
-    expected = _shift(weight, known, unseen.dampening_frac)
+    expected = _shift(weight @ known.difference, known.matrix, unseen.dampening_frac)
     torch.testing.assert_close(unseen.target, weight + unseen.step[0] * expected)
     assert not torch.allclose(unseen.target, seen.target)
+
+
+@pytest.mark.parametrize("rows", [[5], [576, 192, 192], [1, 1000, 1], [3072, 3072]])
+def test_some_rows_stand_for_all(rows: list[int]) -> None:
+    some, counts = _sample(rows, CPU)
+    assert len(some) == sum(counts)
+    assert len(some) == len(set(some.tolist())) <= 2 * SAMPLE
+    assert len(counts) == len(rows)
+    for part, start, count in zip(some.split(counts), [0, *torch.tensor(rows).cumsum(0).tolist()], rows):
+        assert all(start <= row < start + count for row in part.tolist())
+        assert len(part) == pytest.approx(len(some) * count / sum(rows), abs=2)
 
 
 def test_equal_inputs_ask_for_no_shift() -> None:
