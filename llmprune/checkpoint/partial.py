@@ -2,6 +2,7 @@
 
     manifest.json               what run it is, and the rows of the report for every finished layer
     layer-00000.safetensors     a layer's parameters by their names in the model, and its masks where later steps ask
+    lock                        held by the system for the run that writes here, whatever becomes of it
     converted-HOST-PID/         weights that transformers converted for a model that rests on disk
 
 A file is written under another name, flushed to the disk and then renamed; the manifest comes last, in the same way. So
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor
 
@@ -35,6 +37,7 @@ from llmprune.results import PrunedWeight, TunedPart
 __all__ = ["MASK", "Partial", "SavedLayer"]
 
 MANIFEST = "manifest.json"
+LOCK = "lock"
 MASK = "mask/"
 """Stands before the name of a mask among a layer's tensors."""
 
@@ -64,6 +67,7 @@ class Partial:
 
     def __init__(self, target: Path) -> None:
         self.directory = target.parent / f"{target.name}.partial"
+        self._lock = FileLock(self.directory / LOCK)
         self.fingerprint: dict[str, Any] = {}
         self.layers: dict[int, SavedLayer] = {}
         self.committed = 0
@@ -87,8 +91,9 @@ class Partial:
         Raises
         ------
         UserError
-            if it is another run's, naming what differs, or its manifest is damaged.
+            if it is another run's, naming what differs, or its manifest is damaged; if that run is still at work.
         """
+        self._hold()
         self.fingerprint = json.loads(json.dumps(fingerprint))
         for leftover in self.directory.glob(f"converted-{platform.node()}-*"):
             if leftover != self.converted and not psutil.pid_exists(int(leftover.name.rpartition("-")[2])):
@@ -168,16 +173,32 @@ class Partial:
     def tidy(self, *, own_only: bool = False) -> None:
         """Remove what no later run can use: this process's converted weights, half-written files unless another
         process may be writing them, and the directory if it is empty then."""
-        for path in () if own_only else self.directory.glob("*.tmp"):
+        for path in () if own_only or not self._lock.is_locked else self.directory.glob("*.tmp"):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.converted, ignore_errors=True)
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
         with suppress(OSError):
             self.directory.rmdir()
+
+    def _hold(self) -> None:
+        with write_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                raise UserError(
+                    f"another run is at work on this output, and has its safe points in {self.directory}: "
+                    "wait for its end, or choose another --output-dir."
+                ) from None
+            except NotImplementedError:  # a file system without locks keeps nobody away
+                return
 
     def _clear(self) -> None:
         self.spend()
         for path in self.directory.glob("*"):
-            if path.is_file():
+            if path.is_file() and path.name != LOCK:
                 path.unlink()
 
     def _manifest(self) -> dict[str, Any] | None:

@@ -35,8 +35,15 @@ def row(layer: int) -> PrunedWeight:
     )
 
 
+EARLIER: list[Partial] = []
+
+
 def opened(folder: Path, run: dict[str, Any] = RUN, *, resume: bool = True) -> Partial:
+    """As a process does when all that came before it are gone, and their locks with them."""
+    while EARLIER:
+        EARLIER.pop()._lock.release()
     partial = Partial(folder / "out")
+    EARLIER.append(partial)
     partial.open(run, resume=resume)
     return partial
 
@@ -92,7 +99,21 @@ def test_never_removes_what_an_earlier_run_left(tmp_path: Path) -> None:
     write(partial, 0)
     partial.commit()
     assert not opened(tmp_path, {"model": "other"}, resume=False).layers
-    assert not list(partial.directory.iterdir())
+    assert [path.name for path in partial.directory.iterdir()] == ["lock"]
+
+
+def test_two_runs_at_one_output_are_one_too_many(tmp_path: Path) -> None:
+    first, second = opened(tmp_path), Partial(tmp_path / "out")
+    with pytest.raises(UserError, match="another run is at work on this output"):
+        second.open(RUN, resume=False)
+    (first.directory / "layer-00001.tmp").write_bytes(b"half")
+    second.tidy()
+    assert (first.directory / "layer-00001.tmp").exists()
+    first.tidy()
+    assert not first.directory.exists()
+    second.open(RUN, resume=True)
+    second.tidy()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("content", "what"), [("{", "is damaged"), ('{"schema": 99}', "another release")])
