@@ -53,12 +53,12 @@ class LeastSquares:
         scale = matrix.diagonal().sqrt()
         matrix /= scale
         matrix /= scale[:, None]
-        scaled = target.T.contiguous().mul_(scale[:, None])  # all that follows lies in memory as this does
+        scaled = _scaled(target, scale)
         return cls(matrix, scale, scaled, matrix @ scaled)
 
     def to_scaled(self, weight: Tensor) -> Tensor:
         """(out_features, in_features) → (in_features, out_features)."""
-        return weight.T.contiguous().mul_(self.scale[:, None])
+        return _scaled(weight, self.scale)
 
     def from_scaled(self, scaled: Tensor) -> Tensor:
         """(in_features, out_features) → (out_features, in_features), contiguous."""
@@ -88,6 +88,11 @@ class LeastSquares:
             before, size = size, residual.square().sum(0)
             direction.mul_(size / before.clamp_min(_TINY)).add_(residual)
         return solution
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """(out_features, in_features) → (in_features, out_features), contiguous: all that follows lies as this does."""
+    return torch.mul(weight.T, scale[:, None], out=weight.new_empty(weight.shape[::-1]))
 
 
 def damped(hessian: Tensor, dampening_frac: float) -> Tensor:
