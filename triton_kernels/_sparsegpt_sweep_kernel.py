@@ -83,7 +83,7 @@ def tile_of(count: int) -> dict[str, int]:
 
 
 def launch_sparsegpt_sweep(
-    columns: Tensor, keep: Tensor, factor: Tensor, errors: Tensor, kept: int, group: int
+    columns: Tensor, keep: Tensor, factor: Tensor, errors: Tensor, *, kept: int, group: int
 ) -> None:
     """Sweep columns, keep and errors (count, rows) in place; a group of 0 columns: `keep` is given."""
     count, rows = columns.shape

@@ -82,4 +82,4 @@ def _sparsegpt_sweep(columns: Tensor, keep: Tensor, factor: Tensor, errors: Tens
     if columns.numel():
         from llmprune.triton_kernels._sparsegpt_sweep_kernel import launch_sparsegpt_sweep
 
-        launch_sparsegpt_sweep(columns, keep, factor, errors, kept, group)
+        launch_sparsegpt_sweep(columns, keep, factor, errors, kept=kept, group=group)

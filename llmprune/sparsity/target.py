@@ -86,11 +86,11 @@ def shifted_target(
     best_gain, best_frac = 0.0, DAMPINGS[-1]
     for fraction in DAMPINGS:
         shift = _shift(learned[some], hessian, fraction)
-        _, gain = _best_step(shift, wanted[some], held_hessian, rows_of_some, share, pooled)
+        _, gain = _best_step(shift, wanted[some], held_hessian, rows_of_some, share=share, pooled=pooled)
         if gain > best_gain:
             best_gain, best_frac = gain, fraction
     shift = _shift(learned, hessian, best_frac)
-    best_step, best_gain = _best_step(shift, wanted, held_hessian, rows, share, pooled)
+    best_step, best_gain = _best_step(shift, wanted, held_hessian, rows, share=share, pooled=pooled)
     if best_gain <= 0:
         return Shift(weight, (0.0,) * len(rows), best_frac, 0.0)
     if learn_from_all:
@@ -105,14 +105,14 @@ def shifted_target(
 def _shift(learned: Tensor, hessian: Tensor, fraction: float) -> Tensor:
     """S (H + λI) = W C for some rows of W C, (rows, in_features)."""
     lower = torch.linalg.cholesky(damped(hessian.clone(), fraction))
-    # From the right, as rows lie: on a CPU that takes two thirds of the time of cholesky_solve on the columns.
+    # From the right, as rows lie: on a CPU that is faster than cholesky_solve on the columns.
     half = torch.linalg.solve_triangular(lower.mT, learned, upper=True, left=False)
     shift: Tensor = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
     return shift
 
 
 def _best_step(
-    shift: Tensor, wanted: Tensor, held_hessian: Tensor, rows: list[int], share: float, pooled: Pooled
+    shift: Tensor, wanted: Tensor, held_hessian: Tensor, rows: list[int], *, share: float, pooled: Pooled
 ) -> tuple[Tensor, float]:
     """A share of the step along S at which ‖R − step · X Sᵀ‖² is lowest, R = (X_d − X) Wᵀ on the held-out windows, for
     each linear; and how much all of them gain by it."""
