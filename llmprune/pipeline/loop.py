@@ -230,7 +230,8 @@ class _Loop:
                 for row in prune_group(group, self.recipe, self.config.pattern, place, team=self.team):
                     done.weights.append(row)
                     watcher.pruned(row)
-                masks.add(place.masks)
+                if tuner is not None or self.config.distill:
+                    masks.add(place.masks)
                 for part in tuner.pruned(group, masks) if tuner else ():
                     done.tuned.append(replace(part, part=prefix + part.part))
                     watcher.tuned(done.tuned[-1])

@@ -21,7 +21,7 @@ from llmprune.machine import compute_dtype, free_bytes
 from llmprune.pipeline.distill import TOP
 from llmprune.plan.sketch import Sketch
 from llmprune.plan.source import DEQUANTIZED, Source
-from llmprune.plan.workload import Load
+from llmprune.plan.workload import Load, Solve
 
 __all__ = ["Memory", "Term", "memory_of"]
 
@@ -155,7 +155,9 @@ def _turn(job: Job, index: int, load: Load, tokens: int, paths: int) -> tuple[Te
     moved = job.device.type != "cpu" or any(stored != kind for _, stored, kind in computed)
     copy = sum(count * kind for count, _, kind in computed) if moved else 0
     dense = sum(count * kind for count, _, kind in computed) if paths == 2 else 0
-    group = max(load.solves, key=lambda s: s.statistic_bytes * s.together + s.work.peak, default=None)
+    waiting = [solve for solve in load.solves if solve.cold]  # all of them until the last, and what they pool
+    pooled = sum(solve.statistic_bytes * (solve.together + 1) for solve in waiting)
+    group = max(load.solves, key=lambda s: _met_at_once(s) + s.work.peak, default=None)
     terms = [
         Term("activations of windows that wait in a layer", batches * per_batch, on_device=True),
         Term("the layer where it is computed", copy, on_device=True),
@@ -163,11 +165,19 @@ def _turn(job: Job, index: int, load: Load, tokens: int, paths: int) -> tuple[Te
     ]
     if group is not None:
         name = group.kind.__name__ if group.kind is not None else ""
-        terms.append(Term(f"statistics ({name})", group.statistic_bytes * group.together, on_device=True))
+        terms.append(Term(f"statistics ({name})", pooled + _met_at_once(group), on_device=True))
         terms.append(Term("the solver's work on the largest group", round(group.work.peak), on_device=True))
+    if config.tune or config.distill:
+        layers = len(job.loads) if config.distill else 1
+        terms.append(Term("masks", layers * sum(count for count, _, _ in computed)))
     if config.tune:
         terms.append(Term("tuning: copies, gradients, moments", 5 * 4 * sum(n for n, _, _ in computed), on_device=True))
     return tuple(terms)
+
+
+def _met_at_once(solve: Solve) -> int:
+    """Bytes of the statistics that are let go when they are solved."""
+    return 0 if solve.cold else solve.statistic_bytes * solve.together
 
 
 def _distill(job: Job) -> tuple[Term, ...]:
@@ -179,6 +189,7 @@ def _distill(job: Job) -> tuple[Term, ...]:
     activations = config.batch_size * sum(load.waiting_bytes for load in job.loads) * 2
     return (
         Term("copies, gradients and moments of the pruned weights", 5 * 4 * count),
+        Term("masks", count),
         Term("the dense model's predictions", kept),
         Term("activations of a batch in all layers", activations),
     )

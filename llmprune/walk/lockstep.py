@@ -184,6 +184,7 @@ class LayerWalk:
                     yield self._group((key,), tally, "met several times in one forward: pruned last, on all its inputs")
                 elif key.expert is not None and (tally is None or key in self._postponed):
                     yield self._cold_group(key, tally)
+                    self._tidy_at_times()
 
     def _pooled(self, key: WeightKey) -> Tally:
         """What all processes know of a weight's inputs; one whose batches never came by adds nothing."""
@@ -260,9 +261,7 @@ class LayerWalk:
         with torch.no_grad(), self.products:
             paused_at = run.coroutine.switch()
         self._current = None
-        self._advances += 1
-        if self.tidy is not None and self._advances % TIDY == 0:
-            self.tidy()
+        self._tidy_at_times()
         if run.coroutine.dead:
             self._finish(batch, paused_at)
             if not self._may_rerun:
@@ -273,6 +272,12 @@ class LayerWalk:
             self._live[batch] = run
         else:
             self._end(run)
+
+    def _tidy_at_times(self) -> None:
+        """After a batch that went on, and after an expert's turn, which leave holes alike."""
+        self._advances += 1
+        if self.tidy is not None and self._advances % TIDY == 0:
+            self.tidy()
 
     def _start(self, batch: int) -> _Run:
         coroutine = greenlet(lambda: self.call(self.layer, self.hidden[batch], batch))
@@ -343,6 +348,7 @@ class LayerWalk:
         for batch in range(len(self.hidden)) if self._stale else sorted(batches):
             with torch.no_grad():
                 self._finish(batch, self.call(self.layer, self.hidden[batch], batch))
+            self._tidy_at_times()
 
     def _finish(self, batch: int, output: Tensor) -> None:
         output = require_finite(output)
