@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from llmprune import machine
 from llmprune.config import PruneConfig
 from llmprune.errors import NumericError, UserError
-from llmprune.pipeline import Watcher, prune_layers, survey_model
+from llmprune.pipeline import Watcher, loop, prune_layers, survey_model
 from llmprune.results import PrunedWeight
 from tests.builders import tiny_model
 
@@ -161,6 +162,17 @@ def test_a_survey_changes_nothing() -> None:
     survey = survey_model(model, IDS, PruneConfig(), device=CPU)
     assert len(survey.schedules) == 2
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("settings", "kept"), [({}, False), ({"tune": 1}, True)])
+def test_masks_are_kept_only_for_a_step_that_asks_for_them(
+    settings: dict[str, Any], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(loop.StoredMasks, "add", lambda _self, masks: taken.append(len(masks)))
+    with contextlib.suppress(KeyError):  # tuning misses the masks, then
+        prune(tiny_model("llama"), method="wanda", **settings)
+    assert bool(taken) is kept
 
 
 def test_tokens_of_experts_and_notes_reach_the_watcher() -> None:

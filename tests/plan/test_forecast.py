@@ -30,7 +30,7 @@ def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(model: Path | str, *, low_memory: bool | None = None, **settings: Any) -> Forecast:
-    config = PruneConfig(num_samples=4, seq_len=32, **settings)
+    config = PruneConfig(**{"num_samples": 4, "seq_len": 32} | settings)
     return forecast(Request(str(model), config, EvaluationConfig(eval_dataset=()), low_memory=low_memory))
 
 
@@ -166,6 +166,17 @@ def test_the_terms_of_the_memory_follow_the_steps(tmp_path: Path) -> None:
         Request(str(source), PruneConfig(method="wanda", seq_len=32), EvaluationConfig(()), dtype="bfloat16")
     )
     assert "all weights, converted to bfloat16" in {term.name for term in converted.memory.stages["prune"]}
+
+
+def test_experts_that_wait_hold_their_statistics_together(tmp_path: Path) -> None:
+    source = save(tiny_model("mixtral"), tmp_path / "model")
+    stages = plan(source, method="sparsegpt", num_samples=1).memory.stages  # too few tokens for any expert
+    (planned,) = (term.nbytes for term in stages["prune"] if term.name == "statistics (Hessian)")
+    sizes, experts = json.loads((source / "config.json").read_text()), 4
+    waiting = [4 * inputs * (inputs + 1) for inputs in (sizes["hidden_size"], sizes["intermediate_size"])]
+    attention = 4 * sizes["hidden_size"] * (sizes["hidden_size"] + 1)
+    pooled = (experts + 1) * sum(waiting)
+    assert planned in (pooled, pooled + attention)
 
 
 def test_an_allocation_that_measures_is_said_to_be_open(tmp_path: Path) -> None:
