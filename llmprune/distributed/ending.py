@@ -161,8 +161,8 @@ class Ending:
             return False  # the traceback says it, or rank 0 has
         if not self.team.leads:
             own = outcome.rank == self.team.rank and outcome.kind != "lost"
-            if own or not self.team.lost.wait(GRACE):
-                return False  # rank 0 is there, or hears of it when this process is gone
+            if own or not self.team.lost.wait(GRACE) or self._farewell:
+                return False  # rank 0 is there, or hears of it when this process is gone; or it has told by now
         try:
             return bool(self.store.compare_set("told", "", str(self.team.rank)) == str(self.team.rank).encode())
         except RuntimeError:

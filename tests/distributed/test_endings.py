@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 import llmprune
 from llmprune.distributed import leave, team_from_environment, told_by_others
+from llmprune.distributed.ending import Ending, Outcome
 from llmprune.errors import LlmpruneError, UserError
 from llmprune.job import stages
 from tests.distributed.processes import PATIENCE, begin, codes, command_line
@@ -171,3 +174,21 @@ def _another_model(folder: Path) -> None:
 def test_different_models_under_one_name_are_refused(folder: Path) -> None:
     assert codes(begin(2, _another_model, folder, log=folder / "other.log")) == [2, 2]
     assert told(folder, "other").count("the processes have different models") == 1
+
+
+def test_who_hears_the_farewell_while_it_waits_leaves_the_telling_to_rank_0() -> None:
+    """Rank 0 has told and gone, and with it the store that would say so."""
+    ending = Ending.__new__(Ending)
+    ending._farewell = 0
+
+    class Lost(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            ending._farewell = 2
+            return True
+
+    class Gone:
+        def compare_set(self, *_: str) -> bytes:
+            raise RuntimeError("connection closed")
+
+    ending.team, ending.store = cast("Any", SimpleNamespace(leads=False, rank=1, lost=Lost())), Gone()
+    assert not ending._tells(Outcome(0, "error", "no such model.", 2))

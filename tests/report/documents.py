@@ -102,7 +102,7 @@ def document(layers: int = 3) -> dict[str, Any]:
     text = {"prompt": "Once", "dense": " upon a time", "pruned": " upon a hill", "tokens": 4, "same_tokens": 2}
     return {
         "schema": 2,
-        "versions": _VERSIONS,
+        "versions": dict(_VERSIONS),
         "command": "llmprune --model m",
         "config": {
             "sparsity": "2:4",
