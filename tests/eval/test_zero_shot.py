@@ -184,6 +184,6 @@ def test_lambada_and_openbookqa_on_a_real_model(shared: Path) -> None:
 
     loaded = load("demo")
     tasks = ["lambada", "openbookqa"]
-    lambada, openbook = zero_shot(loaded.model, loaded.tokenizer, tasks, data=shared / "data/zeroshot", limit=16)
+    lambada, openbook = zero_shot(loaded.model, loaded.tokenizer, tasks, data=shared / "data/zeroshot", limit=8)
     assert 0.1 < lambada.value < 0.7
     assert 0.15 < openbook.value < 0.7
