@@ -4,6 +4,7 @@ load.py        a model by hub id, directory, GGUF file or `demo`, dequantized, o
 structure.py   decoder layers and their matrices, found by structure
 size.py        how large a model's files are
 shelf.py       weights that rest on disk while it is not their turn
+read_ahead.py  those whose turn is next, read from the disk meanwhile
 """
 
 from __future__ import annotations

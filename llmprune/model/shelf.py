@@ -21,6 +21,8 @@ from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader
 from torch import Tensor, nn
 
+from llmprune.model.read_ahead import read_ahead
+
 __all__ = ["Shelf", "shelf_of", "shelve"]
 
 _ATTRIBUTE = "llmprune_shelf"
@@ -72,6 +74,11 @@ class Shelf:
         """From now on the unit's weights are read from `file`, where they lie by their names in the model."""
         for name in self.units.get(unit, ()):
             self.places[name] = {**self.places[name], "safetensors_file": str(file), "weight_name": name}
+
+    def expect(self, unit: str) -> None:
+        """The unit will be taken out next: its bytes are read from the disk meanwhile, if they have to be."""
+        places = (self.places[name] for name in self.units.get(unit, ()))
+        read_ahead((place["safetensors_file"], place["weight_name"]) for place in places if "safetensors_file" in place)
 
     def read(self, name: str) -> Tensor:
         """The parameter of this name, as its file has it: a private map of it, or a copy where the dtype is another."""

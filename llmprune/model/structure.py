@@ -38,11 +38,13 @@ class Decoder:
 
     @contextmanager
     def turn(self, index: int) -> Iterator[nn.Module]:
-        """A layer with its weights in memory, for a `with` block."""
+        """A layer with its weights in memory, for a `with` block, while those of the next are read from the disk."""
         if self.shelf is None:
             yield self.layers[index]
             return
         with self.shelf.out(self.prefixes[index].rstrip(".")):
+            for following in self.prefixes[index + 1 : index + 2]:
+                self.shelf.expect(following.rstrip("."))
             yield self.layers[index]
 
     @contextmanager

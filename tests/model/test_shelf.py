@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmprune.model import Shelf, find_decoder, shelf_of
+from llmprune.model import Shelf, find_decoder, shelf, shelf_of
 from llmprune.model.load import from_files
+from llmprune.model.read_ahead import read_ahead, spans
 from tests.builders import tiny_model
 
 IDS = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -49,6 +50,50 @@ def test_only_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     with torch.no_grad():
         hollow(IDS)
     assert seen == [{"0"}, {"1"}]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_next_layer_is_read_from_the_disk_during_a_turn(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, hollow, shelf_ = both(family, tmp_path)
+    asked: list[list[tuple[str, str]]] = []
+    monkeypatch.setattr(shelf, "read_ahead", lambda wanted: asked.append(list(wanted)))
+    decoder = find_decoder(hollow)
+    for index in range(2):
+        with decoder.turn(index):
+            pass
+    (wanted,) = asked  # there is no third layer
+    names = shelf_.units["model.layers.1"]
+    assert [shelf_.places[name]["weight_name"] for name in names] == [name for _, name in wanted]
+    read_ahead(wanted).join()
+    stored = sum(end - begin for file in {file for file, _ in wanted} for begin, end in spans_of(file, wanted))
+    assert stored == sum(parameter.numel() * 4 for parameter in hollow.model.layers[1].parameters())
+
+
+def spans_of(file: str, wanted: list[tuple[str, str]]) -> list[tuple[int, int]]:
+    return spans(file, [name for place, name in wanted if place == file])
+
+
+def bytes_read() -> int:
+    """Bytes that this process has asked the system for so far."""
+    return int(next(row.split()[1] for row in Path("/proc/self/io").read_text().splitlines() if "rchar" in row))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="what was read is counted in /proc")
+def test_read_ahead_reads_what_is_wanted_and_passes_over_what_is_not_there(tmp_path: Path) -> None:
+    file = str(tmp_path / "weights.safetensors")
+    tensors = {name: torch.randn(size) for name, size in (("a", 700_000), ("b", 3), ("c", 500_000), ("d", 10))}
+    save_file(tensors, file)
+    data = Path(file).read_bytes()
+    ((begin, end),) = spans(file, ["d"])
+    assert data[begin:end] == tensors["d"].numpy().tobytes()
+    whole = spans(file, tensors)
+    assert whole == [(len(data) - sum(tensor.nbytes for tensor in tensors.values()), len(data))]
+    before = bytes_read()
+    read_ahead([(file, "a"), (file, "c"), (str(tmp_path / "none"), "a")]).join()
+    assert tensors["a"].nbytes + tensors["c"].nbytes <= bytes_read() - before < len(data) + 2**16
+    read_ahead([(file, "e")]).join()
 
 
 def test_what_is_changed_in_a_turn_is_lost_unless_it_was_written(tmp_path: Path) -> None:
