@@ -91,7 +91,7 @@ class Counter(TorchDispatchMode):
         old = {leaf.untyped_storage()._cdata for leaf in given}
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self._count(func, given, made, args, kwargs or {})
+        self._count(func, args, kwargs or {}, given=given, made=made)
         for tensor in made:
             storage = tensor.untyped_storage()
             if storage._cdata not in old:
@@ -102,7 +102,7 @@ class Counter(TorchDispatchMode):
         self.work = Work(**self._totals)
         return result
 
-    def _count(self, func: Any, given: list[Tensor], made: list[Tensor], args: Any, kwargs: dict[str, Any]) -> None:
+    def _count(self, func: Any, args: Any, kwargs: dict[str, Any], *, given: list[Tensor], made: list[Tensor]) -> None:
         name = func.overloadpacket.__name__
         if name.startswith(VIEWS) or name in ("detach", "alias", "t", "lift_fresh"):
             return
