@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from llmprune.eval.perplexity import default_seq_len
 from llmprune.pipeline.plan import MEASURED, WINDOWS
 from llmprune.plan.counting import Work
@@ -88,7 +90,8 @@ def _prune(job: Job, speed: Speed) -> dict[str, float]:
         forward = windows * _forward(load.forward, speed) + calls
         parts["forward"] += forward * (paths + load.again)
         for solve in load.solves:
-            parts["statistics"] += solve.times * _solving(solve.update, speed)
+            products = speed.products if solve.factors == torch.float32 else speed.forward
+            parts["statistics"] += solve.times * (solve.update.products / products + solve.update.moved / speed.moved)
             parts["solve"] += solve.times * _solving(solve.work, speed)
         if config.tune:
             parts["tuning"] = parts.get("tuning", 0.0) + 3 * config.tune * forward

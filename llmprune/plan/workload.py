@@ -17,7 +17,7 @@ from llmprune.plan.counting import Counter, Work, extrapolated
 from llmprune.plan.sketch import Sketch
 from llmprune.recipe import Recipe
 from llmprune.sparsity.pattern import NM, Pattern
-from llmprune.sparsity.statistics import BLOCK, FeatureNorm, Hessian, PairedHessian, Statistic, unpaired
+from llmprune.sparsity.statistics import BLOCK, FeatureNorm, Hessian, PairedHessian, Statistic, factor_dtype, unpaired
 from llmprune.walk.lockstep import TRUSTED, Group
 from llmprune.walk.products import ALL, WeightKey
 from llmprune.walk.survey import Schedule, Station
@@ -41,6 +41,7 @@ class Solve:
     together : how many such statistics are held at once
     cold : whether experts will meet too few tokens and wait to the end of the layer
     update, work : what the statistic and the solve of one of them take
+    factors : the dtype in which the statistic multiplies inputs
     """
 
     rows: tuple[int, ...]
@@ -51,6 +52,7 @@ class Solve:
     cold: bool
     update: Work
     work: Work
+    factors: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def _solve(
         cold=cold,
         update=_update(kind, in_features, tokens),
         work=counted(case),
+        factors=factor_dtype(case.computed, device),
     )
 
 

@@ -7,8 +7,10 @@ reconstructing attention and MLP apart: Wagner et al., 2025, https://arxiv.org/a
 
 Masks are re-applied after every step from the mask that was saved, never from `weight != 0`: a kept weight may pass
 through zero. Windows that are held out decide which pass was the best, the one before the first included, so tuning
-can end where it began but not in a worse place. Only this part's weights get gradients; what it holds besides the layer
-is its inputs, the targets and Adam's two moments, in float32.
+can end where it began but not in a worse place. A pass that does harm does not end it: the first one has the largest
+steps, and one odd window among the held-out ones may make a loss of what the next pass turns into a gain. Only this
+part's weights get gradients; what it holds besides the layer is its inputs, the targets and Adam's two moments, in
+float32.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def tune(
     weights : parameters and, where they are pruned, their masks (True = kept)
     losses : per batch, computes how far the part is from what it should give
     held_out : batches that are not trained on but decide
-    passes : at most so many times over all batches
+    passes : over all batches that are not held out
     dtypes : in which each parameter is stored: the result is rounded to it
     progress : called with (steps done, steps at most)
     """
@@ -133,7 +135,7 @@ def tune(
             return sum(losses[batch]().item() for batch in held_out) / max(1, len(held_out))
 
     first = best = measure()
-    kept, made = [master.clone() for master in masters], 0
+    kept = [master.clone() for master in masters]
     order = torch.Generator().manual_seed(0)
     for _ in range(passes):
         for at in torch.randperm(len(training), generator=order).tolist():
@@ -141,14 +143,11 @@ def tune(
             schedule.step()
             if progress is not None:
                 progress(schedule.last_epoch, steps)
-        now = measure()
-        made += 1
-        if now >= best:
-            break
-        best, kept = now, [master.clone() for master in masters]
+        if (now := measure()) < best:  # and not if it is NaN
+            best, kept = now, [master.clone() for master in masters]
     for parameter, master, dtype in zip(parameters, kept, dtypes, strict=True):
         parameter.data.copy_(master.to(dtype))
-    return TunedPart(part, first, best, made)
+    return TunedPart(part, first, best, passes)
 
 
 def _step(

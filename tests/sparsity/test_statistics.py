@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmprune.errors import NumericError
 from llmprune.sparsity import statistics
-from llmprune.sparsity.statistics import FeatureNorm, Hessian, Statistic, mixed
+from llmprune.sparsity.statistics import FeatureNorm, Hessian, PairedHessian, Statistic, factor_dtype, mixed
 
 CPU = torch.device("cpu")
 KINDS: list[type[Statistic]] = [FeatureNorm, Hessian]
@@ -185,3 +185,72 @@ def test_an_empty_pool_adds_nothing(kind: type[Statistic]) -> None:
     empty = mixed(kind(6, CPU), kind(6, CPU), 40)
     assert empty.tokens == 0
     assert (value(empty) == 0).all()
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as an NVIDIA GPU has them: of bfloat16 factors, in float32."""
+    mm = torch.mm
+
+    def product(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16
+        mm(left.to("meta"), right.to("meta"), out_dtype=out_dtype)  # torch knows such a product
+        return mm(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr(statistics, "factor_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(torch, "mm", product)
+
+
+def pairs(dtype: torch.dtype, device: str) -> tuple[PairedHessian, Tensor, Tensor]:
+    """A statistic with its inputs and the dense ones, (2000, BLOCK + 9), added in twenty batches."""
+    inputs = random_inputs(2000, statistics.BLOCK + 9).to(dtype)
+    dense = (inputs.float() + random_inputs(2000, statistics.BLOCK + 9, seed=1)).to(dtype)
+    statistic = PairedHessian(inputs.shape[1], torch.device(device))
+    for batch, other in zip(inputs.to(device).split(100), dense.to(device).split(100), strict=True):
+        statistic.update(batch)
+        statistic.compare(batch, other)
+    return statistic, inputs, dense
+
+
+def errors(statistic: PairedHessian, inputs: Tensor, dense: Tensor) -> tuple[float, float]:
+    """Of the Hessian and of the cross moments, largest, relative to the sizes of the features that meet."""
+    cross = (dense.double() - inputs.double()).T @ inputs.double() / len(inputs)
+    sizes = truth(FeatureNorm, inputs)
+    off = (statistic.difference.cpu().double() - cross).abs() / sizes.outer(sizes)
+    hessian = (statistic.matrix.cpu().double() - truth(Hessian, inputs)).abs() / sizes.outer(sizes)
+    return float(hessian.max()), float(off.max())
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+def test_bfloat16_inputs_of_a_gpu_are_multiplied_as_they_are_and_summed_in_float32() -> None:
+    statistic, inputs, dense = pairs(torch.bfloat16, "cpu")
+    hessian, cross = errors(statistic, inputs, dense)
+    assert hessian < 1e-5
+    assert cross < 1e-3  # the difference is rounded to bfloat16
+    assert {tensor.dtype for tensor in statistic.addends()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "factors"),
+    [
+        (torch.bfloat16, "cuda", torch.bfloat16),
+        (torch.float16, "cuda", torch.float32),  # the difference of two such numbers may be more than float16 can hold
+        (torch.float32, "cuda", torch.float32),
+        (torch.bfloat16, "cpu", torch.float32),
+    ],
+)
+def test_only_bfloat16_on_an_nvidia_gpu_is_multiplied_as_it_is(
+    dtype: torch.dtype, device: str, factors: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert factor_dtype(dtype, torch.device(device)) == factors
+    monkeypatch.setattr(torch.version, "cuda", None)  # as it is with ROCm, whose devices are called the same
+    assert factor_dtype(dtype, torch.device(device)) == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_on_a_gpu_are_those_of_float64(dtype: torch.dtype) -> None:
+    hessian, cross = errors(*pairs(dtype, "cuda"))
+    assert hessian < 1e-5
+    assert cross < (1e-3 if dtype == torch.bfloat16 else 1e-5)

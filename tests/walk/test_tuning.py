@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from typing import Any
 
@@ -148,12 +149,42 @@ def test_good_steps_lower_the_error_and_keep_the_masks() -> None:
 
 
 def test_steps_that_only_do_harm_are_taken_back() -> None:
-    """A learning rate of 10 ruins the part in its first pass: it ends exactly where it began."""
+    """A learning rate of 10 ruins the part: it ends exactly where it began."""
     part, pruned, _ = run_tune(5, 10.0)
     _, before, _, _ = problem()
     assert part.after == part.before
-    assert part.passes == 1
+    assert part.passes == 5
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("measured", "kept"),
+    [
+        ((1.0, 2.0, 0.5, 0.7), 2),
+        ((1.0, math.nan, 0.5, 0.6), 2),
+        ((1.0, 0.75, math.nan, 2.0), 1),
+        ((1.0, 1.0, 1.0, 1.0), 0),
+    ],
+)
+def test_the_best_pass_is_kept_whatever_came_before_it(measured: tuple[float, ...], kept: int) -> None:
+    """Told what the held-out batch measures before and after each of three passes."""
+    weight, said, seen = nn.Parameter(torch.ones(2, 2)), list(measured), []
+
+    def held() -> Tensor:
+        seen.append(weight.detach().clone())
+        return torch.tensor(said.pop(0))
+
+    part = tune(
+        "inner",
+        [(weight, None)],
+        [lambda: weight.sum(), held],
+        held_out=frozenset({1}),
+        passes=3,
+        dtypes=[torch.float32],
+    )
+    assert torch.equal(weight, seen[kept])
+    assert len({tuple(value.flatten().tolist()) for value in seen}) == 4  # every pass moves it
+    assert (part.before, part.after, part.passes) == (measured[0], measured[kept], 3)
 
 
 def test_other_parameters_get_no_gradient_and_flags_stay() -> None:
