@@ -93,7 +93,7 @@ class Recipe:
             learn_from_all = not self.hold_out
             shift = shifted_target(weight, statistic, held, list(rows), learn_from_all=learn_from_all, pooled=pooled)
             target, steps = shift.target, shift.step
-        if statistic is not None and held is not None and not self.hold_out:
+        elif statistic is not None and held is not None and not self.hold_out:
             statistic.merge(held)
         solution = self.method.prune(target, statistic, pattern, rows, pooled=pooled)
         if isinstance(statistic, Hessian):

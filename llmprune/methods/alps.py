@@ -120,7 +120,8 @@ def _admm(
 ) -> Tensor:
     """The state S (in_features, out_features) when the mask rests, or after so many steps."""
     state = problem.target * keep
-    inverse, before, kept = _inverse(problem.matrix, penalty), keep, pooled(keep.sum()).item()
+    inverse = _inverse(problem.matrix, penalty, out=torch.empty_like(problem.matrix))
+    before, kept = keep, pooled(keep.sum()).item()
     chosen, pulled = torch.empty_like(state), torch.empty_like(state)  # once: new memory costs as much as a step
     for step in range(1, steps + 1):
         torch.mul(state, chosen.copy_(keep), out=chosen)  # Z
@@ -135,17 +136,19 @@ def _admm(
         factor = next(factor for share, factor in RAISE if changed > share)
         penalty, before = penalty * factor, keep
         state = torch.where(keep, state, state / factor)  # the dual itself stays; U is the dual divided by ρ
-        inverse = _inverse(problem.matrix, penalty)
+        _inverse(problem.matrix, penalty, out=inverse)
     return state
 
 
-def _inverse(matrix: Tensor, penalty: float) -> Tensor:
+def _inverse(matrix: Tensor, penalty: float, *, out: Tensor) -> Tensor:
+    """(H + ρI)⁻¹, written to `out`."""
     shifted = matrix.clone()
     shifted.diagonal().add_(penalty)
     lower, failed = torch.linalg.cholesky_ex(shifted)
     if failed:
         raise NumericError("the Hessian holds NaN or inf.")
-    return torch.cholesky_inverse(lower)
+    del shifted  # in a wide layer each of these takes gigabytes
+    return torch.cholesky_inverse(lower, out=out)
 
 
 class _Choice:

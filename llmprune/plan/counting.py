@@ -6,7 +6,7 @@ the code that is planned for is the code that is counted, and a change of a solv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,7 +30,7 @@ class Work:
     factorings : of Cholesky factors, inverses and triangular solves
     moved : bytes that all other operations read and write
     calls : operations
-    peak : the most bytes that were alive at once of what was made
+    peak : the most bytes that were alive at once, beyond those that were before
     """
 
     products: float = 0.0
@@ -78,12 +78,19 @@ class Counter(TorchDispatchMode):
     """Counts what runs inside the `with` block; read `work` afterwards.
 
     What was made before it began counts neither as memory nor as made; reading and writing it counts as traffic.
+
+    Parameters
+    ----------
+    spent : tensors that were made before and may be let go inside the block, which makes room for others
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spent: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.work = Work()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        for tensor in spent:
+            self._watch(tensor)
+        self._before = self._alive()
         self._totals = dict.fromkeys(("products", "attention", "factorings", "moved", "calls", "peak"), 0.0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,14 +100,20 @@ class Counter(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         self._count(func, args, kwargs or {}, given=given, made=made)
         for tensor in made:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in old:
-                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            if tensor.untyped_storage()._cdata not in old:
+                self._watch(tensor)
         self._storages = {key: pair for key, pair in self._storages.items() if not pair[0].expired()}
         inside = _inside(func.overloadpacket.__name__, given)
-        self._totals["peak"] = max(self._totals["peak"], inside + sum(size for _, size in self._storages.values()))
+        self._totals["peak"] = max(self._totals["peak"], inside + self._alive() - self._before)
         self.work = Work(**self._totals)
         return result
+
+    def _watch(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+
+    def _alive(self) -> int:
+        return sum(size for _, size in self._storages.values())
 
     def _count(self, func: Any, args: Any, kwargs: dict[str, Any], *, given: list[Tensor], made: list[Tensor]) -> None:
         name = func.overloadpacket.__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +232,10 @@ def count_case(case: Case) -> Work:
         adjusted=set(),
         patterns=dict.fromkeys(names, case.pattern),
     )
-    with torch.no_grad(), Counter() as counter:
+    sums = [statistic.addends() for statistic in (group.statistic, group.held) if statistic is not None]
+    counter = Counter(chain.from_iterable(sums))
+    sums.clear()
+    with torch.no_grad(), counter:
         for _ in prune_group(group, case.recipe, case.pattern, place):
             pass
     work: Work = counter.work

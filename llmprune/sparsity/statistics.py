@@ -205,10 +205,14 @@ class PairedHessian(Hessian):
         result.shifts.zero_()
         return result
 
-    @property
-    def difference(self) -> Tensor:
-        """(X_d − X)ᵀX / tokens, (in_features, in_features) float32: a new tensor."""
-        return self.cross / max(self.tokens, 1e-30)
+    def missing(self, weight: Tensor) -> Tensor:
+        """W (X_d − X)ᵀX / tokens, (out_features, in_features) float32: what a linear's outputs miss, times its inputs.
+
+        To be asked once: the cross moments, as large as the Hessian, are let go of.
+        """
+        result = weight @ self.cross
+        self.cross = self.cross.new_empty(0)
+        return result.div_(max(self.tokens, 1e-30))
 
 
 def factor_dtype(inputs: torch.dtype, device: torch.device) -> torch.dtype:

@@ -73,15 +73,15 @@ def shifted_target(
     Parameters
     ----------
     weight : (out_features, in_features) float32, of the dense model; several linears may be stacked
-    known : statistic of the windows to learn from
-    held : statistic of other windows, to choose λ and the step on
+    known : statistic of the windows to learn from; its cross moments are used up
+    held : statistic of other windows, to choose λ and the step on; used up
     rows : output rows of each stacked linear: each has a step of its own
     share : of the best step, that is taken
     pooled : adds up the rows of each linear over all parts of a divided stack
-    learn_from_all : whether S itself is computed once more with the held-out windows
+    learn_from_all : whether S itself is computed once more with the held-out windows, which `known` has then, too
     """
-    wanted, held_hessian = weight @ held.difference, held.matrix
-    learned, hessian = weight @ known.difference, known.matrix
+    wanted, learned = held.missing(weight), known.missing(weight)
+    held_hessian, hessian = held.matrix, known.matrix
     some, rows_of_some = _sample(rows, weight.device)
     best_gain, best_frac = 0.0, DAMPINGS[-1]
     for fraction in DAMPINGS:
@@ -91,15 +91,16 @@ def shifted_target(
             best_gain, best_frac = gain, fraction
     shift = _shift(learned, hessian, best_frac)
     best_step, best_gain = _best_step(shift, wanted, held_hessian, rows, share=share, pooled=pooled)
+    del held_hessian, hessian  # each may be larger than the weight
+    if learn_from_all:
+        known.merge(held)
     if best_gain <= 0:
         return Shift(weight, (0.0,) * len(rows), best_frac, 0.0)
     if learn_from_all:
-        together = known.scaled(1.0)
-        together.merge(held)
-        learned, hessian = weight @ together.difference, together.matrix
+        learned.lerp_(wanted, held.tokens / known.tokens)
+        shift = _shift(learned, known.matrix, best_frac)
     steps = best_step.repeat_interleave(torch.tensor(rows, device=weight.device))
-    target = weight + steps[:, None] * _shift(learned, hessian, best_frac)
-    return Shift(target, tuple(best_step.tolist()), best_frac, best_gain)
+    return Shift(weight + steps[:, None] * shift, tuple(best_step.tolist()), best_frac, best_gain)
 
 
 def _shift(learned: Tensor, hessian: Tensor, fraction: float) -> Tensor:

@@ -20,6 +20,17 @@ def test_products_traffic_and_memory_are_counted() -> None:
     assert counter.work == Work(products=2 * 3 * 5 * 7, moved=2 * 4 * 21 + 16, calls=3, peak=4 * 21)
 
 
+def test_what_is_let_go_makes_room() -> None:
+    """Of 100 numbers that were there before, half are let go before 80 others come: the most is 30 more than before."""
+    first, second = torch.ones(50), torch.ones(50)
+    counter = Counter([first, second, first[:10]])  # a view is no memory of its own
+    with counter:
+        torch.ones(20)
+        del first
+        torch.ones(80)
+    assert counter.work.peak == 4 * 30
+
+
 def test_products_in_place_and_factorings_are_counted() -> None:
     matrix = torch.eye(6)
     with Counter() as counter:

@@ -216,7 +216,9 @@ def errors(statistic: PairedHessian, inputs: Tensor, dense: Tensor) -> tuple[flo
     """Of the Hessian and of the cross moments, largest, relative to the sizes of the features that meet."""
     cross = (dense.double() - inputs.double()).T @ inputs.double() / len(inputs)
     sizes = truth(FeatureNorm, inputs)
-    off = (statistic.difference.cpu().double() - cross).abs() / sizes.outer(sizes)
+    off = (
+        statistic.missing(torch.eye(inputs.shape[1], device=statistic.cross.device)).cpu().double() - cross
+    ).abs() / sizes.outer(sizes)
     hessian = (statistic.matrix.cpu().double() - truth(Hessian, inputs)).abs() / sizes.outer(sizes)
     return float(hessian.max()), float(off.max())
 

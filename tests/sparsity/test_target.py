@@ -39,7 +39,7 @@ def test_the_statistic_is_what_its_text_says() -> None:
     inputs, dense = changed_inputs(200, 0)
     statistic, count = paired(inputs, dense), len(inputs)
     expected = (dense - inputs).double().T @ inputs.double() / count
-    torch.testing.assert_close(statistic.difference.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(statistic.missing(torch.eye(WIDTH)).double(), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
         statistic.matrix.double(), inputs.double().T @ inputs.double() / count, rtol=1e-4, atol=1e-6
     )
@@ -50,7 +50,8 @@ def test_centred_is_the_statistic_of_centred_inputs() -> None:
     centred = paired(inputs + 3, dense - 1).centred()
     expected = paired(inputs - inputs.mean(0), dense - dense.mean(0))
     torch.testing.assert_close(centred.matrix, expected.matrix, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(centred.difference, expected.difference, rtol=1e-3, atol=1e-3)
+    weight = random_weight(OUT, WIDTH)
+    torch.testing.assert_close(centred.missing(weight), expected.missing(weight), rtol=1e-3, atol=1e-3)
 
 
 def test_with_plenty_of_tokens_it_is_the_regression_on_the_dense_outputs() -> None:
@@ -100,16 +101,31 @@ def test_each_linear_of_a_stack_has_its_own_step() -> None:
     torch.testing.assert_close(shift.target[:8], alone.target, rtol=1e-3, atol=1e-4)
 
 
+def statistics() -> tuple[PairedHessian, PairedHessian]:
+    return paired(*changed_inputs(500, 0)), paired(*changed_inputs(300, 1))
+
+
 def test_held_out_windows_can_stay_unseen() -> None:
     """Then they choose the step, but nothing is learned from them: S is that of the other windows."""
-    weight = random_weight(OUT, WIDTH)
-    known, held = paired(*changed_inputs(500, 0)), paired(*changed_inputs(500, 1))
+    weight, (known, held) = random_weight(OUT, WIDTH), statistics()
     unseen = shifted_target(weight, known, held, [OUT], learn_from_all=False)
-    seen = shifted_target(weight, known, held, [OUT])
+    seen = shifted_target(weight, *statistics(), [OUT])
     assert unseen.step == seen.step
-    expected = _shift(weight @ known.difference, known.matrix, unseen.dampening_frac)
+    fresh, _ = statistics()
+    expected = _shift(fresh.missing(weight), fresh.matrix, unseen.dampening_frac)
     torch.testing.assert_close(unseen.target, weight + unseen.step[0] * expected)
     assert not torch.allclose(unseen.target, seen.target)
+    assert torch.equal(known.matrix, fresh.matrix)
+
+
+def test_what_is_learned_in_the_end_is_learned_from_all_windows() -> None:
+    weight, (known, held) = random_weight(OUT, WIDTH), statistics()
+    shift = shifted_target(weight, known, held, [OUT])
+    both, others = statistics()
+    both.merge(others)
+    assert torch.equal(known.matrix, both.matrix)
+    expected = _shift(both.missing(weight), both.matrix, shift.dampening_frac)
+    torch.testing.assert_close(shift.target, weight + shift.step[0] * expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [[5], [576, 192, 192], [1, 1000, 1], [3072, 3072]])
