@@ -77,7 +77,11 @@ TEXT_OPTIONS: tuple[Option, ...] = (
     ),
     click.option("--no-perplexity", is_flag=True, help="Only the tasks."),
     click.option("--text-column", help="Column with the text. [default: text, else messages]"),
-    click.option("--tokens", type=int, help="Tokens of each text at most. [default: all; compare: 16384 on a CPU]"),
+    click.option(
+        "--tokens",
+        type=int,
+        help="Tokens of each text at most, one window at least. [default: all; compare: 16384 on a CPU]",
+    ),
     click.option("--seq-len", type=int, help="Tokens per window. [default: 2048, or what the model takes]"),
     click.option(
         "--bos", type=click.Choice(get_args(BosMode)), default="auto", show_default=True, help="BOS per window."

@@ -143,7 +143,9 @@ class DensePass:
             )
         same = (dense.argmax(-1) == pruned.argmax(-1)).sum(dim=-1)
         losses = [cross_entropies(logits, piece.targets) for logits in (pruned, dense)]
-        kl = F.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True)
+        wanted = dense.log_softmax(-1)
+        kl = F.kl_div(pruned.log_softmax(-1), wanted, reduction="none", log_target=True)
+        kl.masked_fill_(wanted == -math.inf, 0)  # p · log p goes to 0 with p, where floats make NaN of it
         kl = kl.sum(dim=-1).double().sum(dim=-1)
         return torch.stack([losses[0], kl.cpu(), same.cpu().double(), losses[1]], dim=1)
 

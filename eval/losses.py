@@ -122,7 +122,7 @@ def window_means(
     Raises
     ------
     NumericError
-        if a window's loss is NaN or infinite.
+        if a window's loss, or whatever else is measured, is NaN or infinite.
     """
     bytes_per_position = copies * _bytes_per_position(model)
     at_once = batch_size or max(1, min(_MOST_WINDOWS_AT_ONCE, logits_memory // (windows.shape[1] * bytes_per_position)))
@@ -135,7 +135,7 @@ def window_means(
             with _decoder_once(model):
                 sums = [score(piece) for piece in _pieces(model, batch, row, chunk)]
             found.append(torch.stack(sums).sum(dim=0) / (windows.shape[1] - 1))
-            _check_finite(found[-1][:, 0], row, len(windows))
+            _check_finite(found[-1], row, len(windows))
             if progress is not None:
                 progress(row + len(batch), len(windows))
     return torch.cat(found)
@@ -240,10 +240,16 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _check_finite(losses: torch.Tensor, row: int, windows: int) -> None:
-    for index, loss in enumerate(losses.tolist(), row + 1):
+def _check_finite(means: torch.Tensor, row: int, windows: int) -> None:
+    for index, (loss, *others) in enumerate(means.tolist(), row + 1):
         if not math.isfinite(loss):
             raise NumericError(
                 f"window {index} of {windows}: the cross-entropy is {loss}. The model's weights or activations hold "
                 "NaN or overflow; try float32 to tell which."
             )
+        for other in others:
+            if not math.isfinite(other):
+                raise NumericError(
+                    f"window {index} of {windows}: what is measured against the dense model is {other}, so one of the "
+                    "two models gives NaN, or no chance at all to a token that the other one expects."
+                )

@@ -18,7 +18,7 @@ import click
 from llmprune import __version__
 from llmprune.distributed.launch import leave, rank_in_environment, told_by_others
 from llmprune.errors import HubError, LlmpruneError, UserError
-from llmprune.options import Titled, grouped, read_config
+from llmprune.options import Titled, grouped, read_config, typed_first
 
 __all__ = ["main"]
 
@@ -39,7 +39,7 @@ VERBS = {
     "plan": "What a run would do, take and bring, from configuration and headers alone.",
     "eval": "Perplexity of a model and its distance from the dense one, with standard errors and protocol.",
     "compare": "Several checkpoints of one model in one table beside the dense one.",
-    "verify": "Prove that a pruned checkpoint is what its report says.",
+    "verify": "Prove that a pruned checkpoint is what its report says; exit code 1 if it is not.",
     "report": "Draw the report of a pruned checkpoint as a page, or of several side by side.",
     "push": "Push a saved checkpoint to the Hub, and compare what arrived.",
     "pack": "Store a pruned checkpoint without its zeros: half the size, the same bits.",
@@ -139,7 +139,9 @@ scale_option = grouped("Large models and long runs")
 @pattern_option("--block-size", type=int, help="SparseGPT: columns per mask decision.  [default: 128]")
 @pattern_option("--admm-steps", type=int, help="ALPS: steps for the mask, 0 for Wanda's choice.  [default: 12]")
 @pattern_option(
-    "--dampening-frac", type=float, help="Added to a Hessian's diagonal, as a fraction of its mean.  [default: 0.01]"
+    "--dampening-frac",
+    type=float,
+    help="Added to a Hessian's diagonal, as a fraction of its mean.  [default: 0.05; 0.01 with --method]",
 )
 @pattern_option(
     "--ignore",
@@ -159,7 +161,9 @@ scale_option = grouped("Large models and long runs")
 @eval_option(
     "--eval-dataset", multiple=True, default=("wikitext2",), help="Perplexity before and after.  [may be repeated]"
 )
-@eval_option("--eval-tokens", type=int, help="Tokens of each at most.  [default: all; 16384 on a CPU]")
+@eval_option(
+    "--eval-tokens", type=int, help="Tokens of each at most, one window at least.  [default: all; 16384 on a CPU]"
+)
 @eval_option("--eval-seq-len", type=int, help="Tokens per window.  [default: as --seq-len]")
 @eval_option(
     "--eval-tasks", multiple=True, help="Zero-shot task before and after, such as lambada or piqa.  [may be repeated]"
@@ -167,7 +171,9 @@ scale_option = grouped("Large models and long runs")
 @eval_option("--eval-data", metavar="FOLDER", help="JSON lines with the items of the tasks.  [default: from the Hub]")
 @eval_option("--eval-limit", type=int, help="Items of each task at most.  [default: all]")
 @eval_option("--no-eval", is_flag=True, help="Prune and save without measuring anything.")
-@output_option("--output-dir", type=click.Path(path_type=Path), help="[default: ./MODEL-METHOD-2of4]")
+@output_option(
+    "--output-dir", type=click.Path(path_type=Path), help="[default: ./MODEL-METHOD-2of4, METHOD alps with any effort]"
+)
 @output_option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
 @output_option("--max-shard-size", default="5GB", help="Size of a weight file at most.")
 @output_option("--format", default="dense", help="dense, which everything reads, or packed: without the zeros.")
@@ -327,6 +333,7 @@ def _run(options: dict[str, Any], *, no_eval: bool, observer: Any, team: Any) ->
     def take(kind: Any) -> dict[str, Any]:
         return {name: options.pop(name) for name in kind.__dataclass_fields__ if name in options}
 
+    typed_first(options)
     config, evaluation = take(PruneConfig), take(EvaluationConfig)
     if no_eval:
         evaluation |= {"eval_dataset": (), "eval_tasks": ()}

@@ -19,7 +19,7 @@ from llmprune.recipe import Recipe
 from llmprune.sparsity.allocation import Allocation, parse_level
 from llmprune.sparsity.pattern import NM, Pattern, parse_pattern
 
-__all__ = ["EFFORTS", "EvaluationConfig", "PruneConfig", "from_mapping"]
+__all__ = ["EFFORTS", "EvaluationConfig", "PruneConfig", "asked_for", "from_mapping"]
 
 NO_STEPS: dict[str, Any] = {
     "permute": False,
@@ -68,8 +68,8 @@ class PruneConfig:
     distill : passes over the calibration windows to tune all layers together towards the dense model's predictions,
         masks fixed, 0 for none; needs five times the model's float32 size in memory
     allocation : where the zeros go: "uniform", "owl" or "error", see `llmprune.sparsity.allocation`
-    budget, levels : for N:M and allocation "error": the fraction of zeros in all, and what a weight may get besides
-        `sparsity` ("dense", "6:8", …)
+    budget, levels : for N:M and allocation "error" (which effort "best" has once there is a budget): the fraction of
+        zeros in all, and what a weight may get besides `sparsity` ("dense", "6:8", …)
     overrides : "ENTRY=PATTERN" or "ENTRY=dense" for single weights (or a dict): an entry is what `ignore` takes, or
         with a dot at its end all that lies inside ("layers.0.")
     block_size, admm_steps : SparseGPT's, ALPS'; None as the method has them
@@ -129,10 +129,10 @@ class PruneConfig:
         _at_least("seq_len", self.seq_len, 2, optional=True)
         _at_least("seed", self.seed, 0)
         _at_least("batch_size", self.batch_size, 1)
-        for entry in self.ignore:
-            if entry.startswith("re:"):
-                _compiles(entry)
+        _compile("ignore", self.ignore)
+        _compile("overrides", self.override_map)
         self.build_method()
+        self._check_dampening()
         self.build_allocation()
         for level in self.override_map.values():
             parse_level(level)
@@ -159,11 +159,22 @@ class PruneConfig:
                     "Leave it out, or give an N:M sparsity such as 2:4."
                 )
 
+    def _check_dampening(self) -> None:
+        """What was filled in does no harm, and must not be refused when a config comes back from a file."""
+        damped = "dampening_frac" in _settings_of(str(self.method)) or self.refit or self.polish
+        if not damped and self.dampening_frac != NO_STEPS["dampening_frac"]:
+            raise UserError(
+                f"dampening_frac is added to a Hessian that is solved with, which method {self.method} does not do. "
+                "Leave it out, or give refit."
+            )
+
     @property
     def _without_meaning(self) -> tuple[str, ...]:
         """Steps of an effort that do nothing here: N:M has the same share of zeros everywhere unless a budget is
         given, and without groups there is no order and no choice of a group."""
-        return ("allocation",) if isinstance(self.pattern, NM) else ("permute", "polish")
+        if isinstance(self.pattern, NM):
+            return ("allocation",) if self.budget is None else ()
+        return ("permute", "polish")
 
     @property
     def pattern(self) -> Pattern:
@@ -172,15 +183,14 @@ class PruneConfig:
 
     def build_method(self) -> Method:
         """The method with those of these settings that it has."""
-        kind = METHODS[str(self.method)]
-        known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+        known = _settings_of(str(self.method))
         for name in ("block_size", "admm_steps"):
             if getattr(self, name) is not None and name not in known:
                 raise UserError(f"{name} is a setting that method {self.method} does not have. Leave it out.")
         settings = {name: value for name, value in asdict(self).items() if name in known and value is not None}
         if self.refit and "refit_steps" in known:
             settings["refit_steps"] = self.refit
-        return kind(**settings)
+        return METHODS[str(self.method)](**settings)
 
     def build_allocation(self) -> Allocation:
         """Where the zeros go."""
@@ -212,6 +222,21 @@ class PruneConfig:
     def name_suffix(self) -> str:
         """How a checkpoint pruned like this is named: `{base}-sparsegpt-2of4`."""
         return f"{self.method}-{self.pattern.slug}"
+
+
+def asked_for(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an earlier run without those that its effort made, which another effort, method or pattern beside
+    them makes otherwise."""
+    if settings.get("effort") is None or "sparsity" not in settings:
+        return settings
+    made = asdict(PruneConfig(sparsity=settings["sparsity"], effort=settings["effort"]))
+    kept = ("sparsity", "effort")
+    return {name: value for name, value in settings.items() if name in kept or _plain(made.get(name)) != _plain(value)}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which knows no tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -287,6 +312,10 @@ def _fraction(name: str, value: float | None) -> None:
         )
 
 
+def _settings_of(method: str) -> set[str]:
+    return {f.name for f in fields(METHODS[method])}  # type: ignore[arg-type]
+
+
 def _names(given: str | Iterable[str]) -> tuple[str, ...]:
     """A single name stands for a list of one: without this it would become a list of its letters."""
     return (given,) if isinstance(given, str) else tuple(given)
@@ -302,8 +331,10 @@ def _pairs(given: Mapping[str, str] | str | Iterable[str]) -> tuple[str, ...]:
     return pairs
 
 
-def _compiles(entry: str) -> None:
-    try:
-        re.compile(entry[3:])
-    except re.error as error:
-        raise UserError(f"ignore: {entry[3:]!r} is no regular expression ({error}).") from None
+def _compile(name: str, entries: Iterable[str]) -> None:
+    for entry in entries:
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry[3:])
+            except re.error as error:
+                raise UserError(f"{name}: {entry[3:]!r} is no regular expression ({error}).") from None

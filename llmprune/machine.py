@@ -91,8 +91,9 @@ def _native_bfloat16() -> bool:
 
 def free_bytes(device: torch.device) -> int:
     """Memory that a computation on `device` may still take, in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what torch holds in reserve counts as taken there, and is free for us
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + kept)
     import psutil
 
     return int(psutil.virtual_memory().available)
@@ -154,15 +155,24 @@ def _glibc() -> Any:
 
 
 @contextmanager
-def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The whole model on `device` for a `with` block, if it fits there with room to spare; then where it was."""
+def placed(model: nn.Module, device: torch.device, *, beside: int = 0) -> Iterator[bool]:
+    """The whole model on `device` for a `with` block, if it fits there with room to spare; then where it was.
+
+    Parameters
+    ----------
+    beside : bytes that the block will hold there besides the model
+
+    Yields
+    ------
+    whether the model is on `device`
+    """
     home = next(model.parameters()).device
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if device == home or size > ROOM_TO_SPARE * free_bytes(device):
-        yield
+    if device == home or size + beside > ROOM_TO_SPARE * free_bytes(device):
+        yield device == home
         return
     model.to(device)
     try:
-        yield
+        yield True
     finally:
         model.to(home)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import click
+from click.core import ParameterSource
 
-__all__ = ["Titled", "grouped", "read_config"]
+__all__ = ["Titled", "grouped", "read_config", "typed_first"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,6 +50,13 @@ class Titled(click.Command):
             self.format_commands(ctx, formatter)
 
 
+def typed_first(options: dict[str, Any]) -> None:
+    """A method that was typed goes before an effort that stands in a file, which would choose a method itself."""
+    source = click.get_current_context().get_parameter_source
+    if source("method") is ParameterSource.COMMANDLINE and source("effort") is ParameterSource.DEFAULT_MAP:
+        options["effort"] = None
+
+
 def _parse(path: Path) -> Any:
     """JSON, or YAML with every value left as text: YAML 1.1 would read 2:4 as a number in base 60, 124."""
     import yaml
@@ -70,7 +78,9 @@ def read_config(ctx: click.Context, _option: click.Parameter, path: Path | None)
         return None
     settings = _parse(path)
     if isinstance(settings, dict) and "llmprune_config" in settings:
-        settings = settings["llmprune_config"]  # the config.json of a pruned model: do the same again
+        from llmprune.config import asked_for
+
+        settings = asked_for(settings["llmprune_config"])  # the config.json of a pruned model: do the same again
     if not isinstance(settings, dict):
         raise click.BadParameter(f"{path} holds no settings; it should read like  sparsity: 2:4")
     settings.pop("llmprune_version", None)

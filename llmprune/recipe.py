@@ -87,8 +87,10 @@ class Recipe:
         """
         target = weight
         steps: tuple[float | None, ...] = (None,) * len(rows)
-        if centred and isinstance(statistic, PairedHessian):
-            statistic, held = statistic.centred(), held.centred() if isinstance(held, PairedHessian) else None
+        if centred:
+            for one in (statistic, held):
+                if isinstance(one, PairedHessian):
+                    one.centre()
         if isinstance(statistic, PairedHessian) and isinstance(held, PairedHessian) and held.tokens:
             learn_from_all = not self.hold_out
             shift = shifted_target(weight, statistic, held, list(rows), learn_from_all=learn_from_all, pooled=pooled)

@@ -59,13 +59,14 @@ class Gpu:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.cache = int(torch.cuda.get_device_properties(self.device).L2_cache_size)
         self.capability: tuple[int, int] | None = torch.cuda.get_device_capability(self.device)
+        self.stream = torch.cuda.Stream(self.device)  # one: cuBLAS keeps a workspace for every stream that it meets
 
     def record(self, calls: Sequence[Call], times: int = 1) -> Callable[[], float]:
         """See `Device`. Every call is made twice before: kernels are compiled then, and buffers made.
 
         The second time is for torch.compile, which may compile anew when it meets what the first call changed.
         """
-        stream = torch.cuda.Stream(self.device)
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for call in 2 * list(dict.fromkeys(calls)):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -175,28 +176,40 @@ def model(device: Device, left: Callable[[], float], result: Result, *, small: b
     result.model = gpu_model.run_model(
         sizes, device, seed=result.seed, tuned=result.tuned, compile_too=lambda: left() > (10 if small else COMPILING)
     )
+    if not any(mode.name == "compiled" for mode in result.model.modes):
+        result.notes.append("the model was not measured compiled: too little time was left (--only model has more)")
 
 
 # All of it ------------------------------------------------------------------------------------------------------------
 
 
 def run(
-    device: Device, result: Result, parts: Sequence[str], *, minutes: float, small: bool, words: Sequence[str]
+    device: Device,
+    result: Result,
+    parts: Sequence[str],
+    *,
+    minutes: float,
+    small: bool,
+    words: Sequence[str],
+    save: Callable[[], None] = lambda: None,
 ) -> None:
-    """The parts in order. Stops where a test fails: nothing that is wrong is worth timing."""
+    """The parts in order, the result saved after each. Stops where a test fails: nothing wrong is worth timing."""
     deadline, plan = Deadline(minutes, parts), made_plan(small=small)
     try:
         if "correctness" in parts:
             folder = Path(llmprune.__file__).parents[1]
             result.correctness = run_tests(folder, deadline.left("correctness"), words)
             click.echo(f"correctness: {result.correctness['summary']}", err=True)
+            save()
             if not result.correctness["passed"]:
                 return
         bench = Bench(device, seed=result.seed)
         if "tune" in parts:
             tune(bench, plan, lambda: deadline.left("tune"), result)
+            save()
         if "kernels" in parts:
             measure(bench, plan, lambda: deadline.left("kernels"), result)
+            save()
         del bench
         if "model" in parts:
             model(device, lambda: deadline.left("model"), result, small=small)
@@ -264,7 +277,7 @@ def show(result: Result, console: Console) -> None:
 
 @click.command(help="Are the kernels right on this GPU, and how fast? Words after -- go to pytest.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Run this part only.  [may be repeated]")
-@click.option("--minutes", default=9.5, show_default=True, type=click.FloatRange(0, min_open=True), help="At most.")
+@click.option("--minutes", default=8.5, show_default=True, type=click.FloatRange(0, min_open=True), help="About.")
 @click.option("--output", type=click.Path(path_type=Path), help="A folder for gpu.json and gpu.md.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of the table.")
 @click.option("--small", is_flag=True, help="Tiny shapes and a tiny model: does it run? The numbers mean nothing.")
@@ -291,11 +304,16 @@ def main(
     device = Gpu()
     fresh = Result(about(device), os.environ.get("GPU_CHECK_COMMAND", "scripts/gpu_run.py"), seed)
     result = read(output, fresh)
-    try:
-        run(device, result, parts, minutes=minutes, small=small, words=words)
-    finally:
+
+    def save() -> None:
         if output is not None:
             write(output, result)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was measured is written all the same
+    try:
+        run(device, result, parts, minutes=minutes, small=small, words=words, save=save)
+    finally:
+        save()
     if as_json:
         click.echo(json.dumps(result.as_json(), indent=1))
     else:

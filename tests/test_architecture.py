@@ -27,7 +27,7 @@ MAX_FUNCTION_LINES = 80
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "distributed": {"errors"},
-    "options": set(),
+    "options": {"config"},
     "results": set(),
     "machine": {"errors"},
     "sparsity": {"errors"},

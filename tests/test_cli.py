@@ -11,11 +11,13 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from llmprune.cli import main
+from llmprune.config import PruneConfig
 from tests.builders import tiny_model, tiny_tokenizer
 
 WORDS = [
@@ -149,6 +151,29 @@ def test_the_config_of_a_pruned_model_repeats_its_run(desk: Desk, pruned: Path) 
     assert (desk.folder / "again/model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ([], {"effort": "balanced", "method": "alps", "permute": True}),
+        (["--effort", "fast"], {"effort": "fast", "method": "alps", "permute": False, "refit": 3}),
+        (["--method", "wanda"], {"effort": None, "method": "wanda", "permute": False}),
+        (["--sparsity", "0.5"], {"effort": "balanced", "method": "alps", "permute": False, "sparsity": "50%"}),
+    ],
+)
+def test_what_is_typed_beside_an_earlier_runs_config_is_done(
+    typed: list[str], expected: dict[str, Any], desk: Desk, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An effort makes settings, which stand in the config too; they must not outlive it."""
+    seen: list[PruneConfig] = []
+    monkeypatch.setattr("llmprune.plan.verb.forecast", lambda request: seen.append(request.config) or sys.exit(0))
+    monkeypatch.chdir(desk.folder)
+    monkeypatch.setattr(sys, "argv", ["llmprune", "plan", "--config", f"{pruned.name}/config.json", *typed])
+    with pytest.raises(SystemExit, check=lambda end: end.code == 0):
+        main()
+    assert {name: getattr(seen[0], name) for name in expected} == expected
+    assert seen[0].num_samples == 6
+
+
 def test_options_from_a_yaml_file_and_typed_ones_before_them(desk: Desk) -> None:
     (desk.folder / "run.yaml").write_text("model: gpt2\nsparsity: 2:4\nmethod: wanda\nnum-samples: 4\nignore: [c_fc]\n")
     common = ["--dataset", "text.txt", "--seq-len", "32", "--no-eval", "--json", "--quiet", "--output-dir", "yaml"]
@@ -180,6 +205,8 @@ def test_options_from_a_yaml_file_and_typed_ones_before_them(desk: Desk) -> None
         (["--model", "nobody/nothing"], "nobody/nothing"),
         (["--on-indivisible", "maybe"], "error, skip"),
         (["--block-size", "0"], "block_size"),
+        (["--max-shard-size", "lots"], "a size such as 5GB or 500MB; got 'lots'"),
+        (["--max-shard-size", "0GB"], "a size such as 5GB or 500MB; got '0GB'"),
     ],
 )
 def test_a_mistake_costs_one_sentence_and_exit_code_2(

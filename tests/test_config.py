@@ -51,6 +51,8 @@ def test_a_sparsity_loses_no_digit(sparsity: float) -> None:
     )
 )
 def test_a_config_comes_back_from_json_as_it_was(settings: dict[str, Any]) -> None:
+    if settings["method"] in ("magnitude", "wanda") and not settings["refit"]:
+        settings["dampening_frac"] = None  # these solve nothing, and refuse it
     config = from_mapping(PruneConfig, settings)
     assert from_mapping(PruneConfig, json.loads(json.dumps(asdict(config)))) == config
 
@@ -121,6 +123,21 @@ def test_a_method_alone_has_nothing_added(method: str) -> None:
     assert config.recipe.statistic is config.build_method().statistic
 
 
+@pytest.mark.parametrize("step", [{"refit": 3}, {"polish": 1}], ids=str)
+def test_a_fraction_of_the_diagonal_is_added_wherever_a_step_solves(step: dict[str, Any]) -> None:
+    assert PruneConfig(method="wanda", dampening_frac=0.1, **step).recipe.dampening_frac == 0.1
+    config = PruneConfig(method="wanda")  # what was filled in is not refused when it comes back
+    assert replace(config, seed=1).dampening_frac == config.dampening_frac
+
+
+def test_a_budget_is_spent_by_the_allocation_of_the_effort() -> None:
+    config = PruneConfig(effort="best", sparsity="2:4", budget=0.3, levels=("dense", "4:8"))
+    assert (config.allocation, config.build_allocation().total) == ("error", 0.3)
+    assert from_mapping(PruneConfig, json.loads(json.dumps(asdict(config)))) == config
+    with pytest.raises(UserError, match="a budget goes with allocation 'error'"):
+        PruneConfig(effort="balanced", sparsity="2:4", budget=0.3)
+
+
 def test_how_a_result_is_named() -> None:
     assert PruneConfig().name_suffix == "alps-2of4"
     assert PruneConfig(sparsity="62.5%", method="wanda").name_suffix == "wanda-62.5pct"
@@ -170,6 +187,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"dampening_frac": 1.0}, r"between 0 and 1, usually 0\.01; got 1\.0\."),
     ({"dampening_frac": "1e-2"}, r"between 0 and 1, usually 0\.01; got '1e-2'\."),
     ({"ignore": ["re:("]}, r"ignore: '\(' is no regular expression \(.+\)\."),
+    ({"overrides": {"down_proj": "4:8", "re:(": "dense"}}, r"overrides: '\(' is no regular expression \(.+\)\."),
+    ({"levels": ["4:8"]}, r"levels go with allocation 'error' and an N:M sparsity .* Got allocation 'uniform'"),
+    ({"levels": ["dense", "1:4"], "sparsity": "50%", "allocation": "error"}, r"levels go with .* sparsity 50%"),
+    ({"effort": "best", "levels": ["1:4"]}, r"levels go with .* Got allocation 'uniform' and sparsity 2:4"),
+    ({"dampening_frac": 0.1, "method": "wanda"}, r"dampening_frac .* method wanda .* Leave it out, or give refit"),
+    ({"dampening_frac": 0.1, "method": "magnitude", "dense_targets": True}, r"dampening_frac .* method magnitude"),
 ]
 
 

@@ -49,6 +49,20 @@ def test_texts_come_as_list_data_set_or_file_and_give_the_same(tmp_path: Path) -
         assert all(torch.equal(a, b) for a, b in zip(masks(models[0]), masks(model), strict=True))
 
 
+def test_an_evaluation_on_the_calibration_text_is_noted(tmp_path: Path) -> None:
+    """As for a data set that has nothing but a train split."""
+    for name in ("texts.jsonl", "others.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    notes = []
+    for name in ("texts.jsonl", "others.jsonl"):
+        settings: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "method": "wanda", "eval_tokens": 64, **FEW}
+        source, exam = str(tmp_path / "texts.jsonl"), str(tmp_path / name)
+        result = llmprune.prune(tiny_model("llama"), dataset=source, eval_dataset=(exam,), **settings)
+        notes.append(result.report.notes)
+    assert notes[1] == ()
+    assert "measured on texts.jsonl, the text that the calibration windows were drawn from" in notes[0][0]
+
+
 def test_seeds_choose_other_windows() -> None:
     one, two = tiny_model("llama"), tiny_model("llama")
     for seed, model in enumerate((one, two)):

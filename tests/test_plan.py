@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llmprune.config import PruneConfig
-from llmprune.errors import UserError
+from llmprune.errors import NumericError, UserError
 from llmprune.methods import Alps, SparseGPT
+from llmprune.pipeline import plan as plan_module
 from llmprune.pipeline import prune_layers, survey_model
 from llmprune.pipeline.groups import Place, prune_group
 from llmprune.pipeline.overrides import overridden
@@ -277,3 +279,66 @@ def test_a_uniform_plan_measures_nothing() -> None:
     assert not calls
     assert {pattern for layer in plan.layers for pattern in layer.values()} == {NM(2, 4)}
     assert plan.applied_to(survey).schedules == survey.schedules
+
+
+@pytest.mark.parametrize("kind", ["owl", "error"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_windows_are_enough_for_an_allocation(kind: str, count: int) -> None:
+    """Two are measured on, and where there are no more, nothing is left to take statistics on besides."""
+    model, allocation = tiny_model("llama"), Allocation(Unstructured(0.6), kind)
+    survey = survey_model(model, IDS[:count], PruneConfig(sparsity="60%"), device=CPU)
+    plan = make_plan(model, IDS[:count], allocation, survey, device=CPU, batch_size=2)
+    assert len({pattern for layer in plan.layers for pattern in layer.values()}) > 1
+
+
+PATTERNS = [Unstructured(0.6), NM(2, 4)]
+
+
+def broken_on_trial(monkeypatch: pytest.MonkeyPatch, error: float, *, at: set[Pattern | None]) -> None:
+    """Layer 1's up_proj overflows when it is pruned to one of these levels."""
+    whole = plan_module._error_of
+
+    def sometimes(turn: Any, linear: Any, level: Pattern | None) -> float:
+        bad = (linear.layer, linear.name) == (1, "mlp.up_proj.weight") and level in at
+        return error if bad else whole(turn, linear, level)
+
+    monkeypatch.setattr(plan_module, "_error_of", sometimes)
+
+
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_level_that_overflows_on_trial_is_not_chosen(
+    pattern: Pattern, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 1e-4  # so that it would be pruned most
+    sparsest = Unstructured(bounds(0.6)[1]) if isinstance(pattern, Unstructured) else pattern
+    broken_on_trial(monkeypatch, error, at={sparsest})
+    budget = 0.4 if isinstance(pattern, NM) else None
+    plan = plan_of(model, Allocation(pattern, "error", budget))
+    chosen = plan.layers[1]["mlp.up_proj.weight"]
+    assert chosen is None if isinstance(pattern, NM) else chosen is not None and chosen.sparsity < 0.61
+    others = [level for layer in plan.layers for level in layer.values() if level is not chosen]
+    assert len(set(others)) > 1 or pattern in others
+
+
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_weight_that_overflows_at_every_level_is_named(
+    pattern: Pattern, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least, most = bounds(0.6)
+    broken_on_trial(monkeypatch, error, at={Unstructured(least), Unstructured(0.6), Unstructured(most), NM(2, 4), None})
+    budget = 0.4 if isinstance(pattern, NM) else None
+    with pytest.raises(NumericError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: .* NaN or inf .*bfloat16"):
+        plan_of(tiny_model("llama"), Allocation(pattern, "error", budget))
+
+
+def test_where_overflows_leave_too_little_to_prune_nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    least, _ = bounds(0.6)
+    monkeypatch.setattr(
+        plan_module, "_error_of", lambda _turn, _linear, level: 1.0 if level == Unstructured(least) else math.inf
+    )
+    with pytest.raises(NumericError, match="so many weights give NaN or inf that 60% cannot be reached"):
+        plan_of(tiny_model("llama"), Allocation(Unstructured(0.6), "error"))

@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import llmprune
 from llmprune.checkpoint.verify import verify
 from llmprune.config import PruneConfig
 from llmprune.pipeline import Watcher, prune_layers
+from llmprune.pipeline import distill as distillation
 from llmprune.pipeline.distill import Predictions, distill, divergence, predictions
+from llmprune.pipeline.loop import _float64
 from llmprune.results import PrunedWeight
+from llmprune.sparsity.pattern import NM
+from llmprune.sparsity.permutation import search
 from tests.builders import tiny_model, tiny_tokenizer
 from tests.walk.test_dense_path import CPU, IDS, spread
 
@@ -65,6 +70,49 @@ def test_the_pattern_keeps_more() -> None:
         run(model, method="magnitude", permute=permute)
         kept.append(sum(layer.mlp.down_proj.weight.square().sum().item() for layer in model.model.layers))
     assert kept[1] > 1.02 * kept[0]
+
+
+def test_a_model_whose_features_cannot_move_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"dataset": IDS, "num_samples": len(IDS), "seq_len": 24, "method": "magnitude"}
+    assert not llmprune.prune(tiny_model("llama"), permute=True, **settings).report.notes
+    monkeypatch.setattr("llmprune.pipeline.permute.find_freedoms", lambda *_: [])
+    (note,) = llmprune.prune(tiny_model("llama"), permute=True, **settings).report.notes
+    assert note.startswith("permute did nothing")
+    assert not llmprune.prune(tiny_model("llama"), **settings).report.notes
+
+
+def llama_with_inner_features(count: int) -> Any:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**settings, intermediate_size=count, num_hidden_layers=2)
+    return spread(transformers.LlamaForCausalLM(config).eval())
+
+
+def test_weights_without_groups_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An override has said so; here 50 inputs would not even divide into groups of 4."""
+    unpruned(monkeypatch)
+    model = llama_with_inner_features(50)
+    dense = copy.deepcopy(model)
+    run(model, method="magnitude", permute=True, overrides={"down_proj": "50%"})
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, dense.get_parameter(name))}
+    assert {name.rpartition("self_attn.")[2] for name in changed} == {"v_proj.weight", "o_proj.weight"}
+
+
+def test_the_order_is_the_best_one_for_the_patterns_of_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[NM] = []
+
+    def listening(scores: Tensor, pattern: NM, positions: Tensor) -> Any:
+        asked.append(pattern)
+        return search(scores, pattern, positions)
+
+    monkeypatch.setattr("llmprune.pipeline.permute.search", listening)
+    run(
+        llama_with_inner_features(48),
+        method="magnitude",
+        permute=True,
+        overrides={"model.layers.1.mlp.down_proj": "4:8"},
+    )
+    assert sorted(map(str, asked)) == ["2:4", "2:4", "2:4", "4:8"]
 
 
 # Distillation ---------------------------------------------------------------------------------------------------------
@@ -129,6 +177,70 @@ def test_distillation_changes_nothing_else() -> None:
     for name, parameter in model.named_parameters():
         assert name in pruned or torch.equal(parameter, dense.get_parameter(name)), name
         assert parameter.grad is None
+
+
+@pytest.mark.parametrize("step", [{"dense_targets": True}, {"tune": 2}, {"distill": 2}, {"effort": "best"}])
+def test_a_single_batch_is_not_paid_for_twice_and_that_is_said(step: dict[str, Any]) -> None:
+    """None can be held out to decide: what is left is the method."""
+    said: list[str] = []
+
+    class Listening(Watcher):
+        def say(self, sentence: str) -> None:
+            said.append(sentence)
+
+    settings: dict[str, Any] = {"batch_size": len(IDS), **({} if "effort" in step else {"method": "wanda"}), **step}
+    config = PruneConfig(**settings)
+    result = prune_layers(spread(tiny_model("llama")), IDS, config, device=CPU, watcher=Listening())
+    assert not result.tuned
+    assert all(row.step is None for row in result.weights)
+    assert len(said) == 1
+    assert "smaller --batch-size" in said[0]
+
+
+def test_what_the_dense_model_predicts_is_not_rounded_to_its_dtype() -> None:
+    """They are kept in float16, finer than bfloat16: a log-probability of -5 would be off by up to 0.016 there."""
+    model = spread(tiny_model("llama")).bfloat16()
+    (wanted,) = predictions(model, [IDS])
+    truth = logits(model).double().log_softmax(-1).gather(-1, wanted.tokens.long())
+    assert (wanted.logs.double() - truth).abs().max() < 0.003
+
+
+def test_masks_go_where_the_model_is() -> None:
+    """They wait on the CPU, whatever device the layers were pruned on."""
+    model = spread(tiny_model("llama")).to("meta")
+    masks = {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.bool)}
+    seen: list[torch.device] = []
+
+    def tuned(_part: str, weights: Any, *_: Any, **__: Any) -> None:
+        seen.extend(mask.device for _, mask in weights)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distillation, "tune", tuned)
+        distill(model, [], [], masks=masks, held_out=frozenset(), passes=1)
+    assert seen == [torch.device("meta")]
+
+
+def test_the_proof_of_a_permutation_is_made_where_the_layers_are_computed() -> None:
+    meta = torch.device("meta")
+    assert _float64(torch.ones(2), meta).device == meta
+    assert _float64(torch.ones(2).bfloat16(), CPU).dtype == torch.float64
+    assert _float64(torch.ones(2, dtype=torch.int32), CPU).dtype == torch.int32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"effort": "balanced"}, {"effort": "best"}, {"effort": "best", "sparsity": 0.5}])
+def test_a_gpu_does_all_that_a_cpu_does(settings: dict[str, Any]) -> None:
+    """The same features change places, and every step is made."""
+    one, two = spread(tiny_model("llama")), spread(tiny_model("llama"))
+    config = PruneConfig(**settings)
+    here = prune_layers(one, IDS, config, device=CPU)
+    there = prune_layers(two, IDS, config, device=torch.device("cuda"))
+    assert len(here.tuned) == len(there.tuned)
+    assert [row.zeros for row in here.weights] == [row.zeros for row in there.weights]
+    for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
+        assert b.device == CPU
+        assert ((a == 0) == (b == 0)).float().mean() > 0.9, name
+    assert (logits(one) - logits(two)).square().mean() < 0.1 * logits(one).square().mean()
 
 
 def test_one_batch_alone_decides_nothing_and_is_not_trained_on() -> None:

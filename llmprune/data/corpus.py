@@ -224,7 +224,8 @@ _NAMED = {"c4": _c4, "wikitext2": _wikitext2, "demo": _demo}
 
 
 def _hub(written: str, request: _Request) -> _Origin:
-    """Any other data set of the Hub: its train split for calibration, the best held-out one for evaluation."""
+    """Any other data set of the Hub: its train split for calibration, the best held-out one for evaluation. Where
+    there is none, evaluation reads train too, as the corpus's name says; a run that calibrated on it notes that."""
     repo, _, config = written.partition(":")
     splits = fetch_splits(repo, config or None)
     preferred = ("train",) if request.purpose == "calibration" else ("test", "validation", "train")

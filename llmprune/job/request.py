@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmprune.checkpoint.report import Report
 from llmprune.config import EvaluationConfig, PruneConfig
+from llmprune.errors import UserError
 from llmprune.pipeline import Watcher
 
 __all__ = ["Job", "Observer", "PruneResult"]
@@ -52,6 +54,11 @@ class Job:
     resume: str = "auto"
     safe_points: float = 60.0
 
+    def __post_init__(self) -> None:
+        size = str(self.max_shard_size)
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", size, re.IGNORECASE) or not float(size[:-2]):
+            raise UserError(f"--max-shard-size is a size such as 5GB or 500MB; got {size!r}.")
+
 
 class Observer(Watcher):
     """Told what a job does, so that a person can see it. This one looks away."""
@@ -61,9 +68,6 @@ class Observer(Watcher):
 
     def evaluated(self, done: int, total: int) -> None:
         """So many windows of an evaluation, or answers of a task, are done."""
-
-    def say(self, sentence: str) -> None:
-        """Something worth knowing."""
 
 
 @dataclass(frozen=True)

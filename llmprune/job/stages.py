@@ -126,7 +126,14 @@ class _Run:
         return load_model(job, rest_on_disk=self.partial.converted)
 
     def _read_evaluation(self, loaded: Loaded) -> None:
-        self.measures = Measures(wanted_measures(self.evaluation, self.config, loaded), self.observer.evaluated)
+        wanted = wanted_measures(self.evaluation, self.config, loaded)
+        self.measures = Measures(wanted, self.observer.evaluated)
+        for written, corpus in zip(self.evaluation.eval_dataset, wanted.corpora, strict=True):
+            if (written, corpus.name) == (self.config.dataset, self.origin["name"]):
+                self.notes.append(
+                    f"perplexity is measured on {corpus.name}, the text that the calibration windows were drawn from: "
+                    "it flatters the pruned model"
+                )
 
     def _open(self, loaded: Loaded, windows: torch.Tensor) -> None:
         """Look for an earlier run's safe points, now that it is known what run this is."""
@@ -243,7 +250,10 @@ class _Run:
     def _evaluate(self, stage: str, loaded: Loaded, measure: Callable[[Any, Any], Measured]) -> Measured:
         if not self.evaluation.asks_for_something:
             return Measured(())
-        with self._stage(stage), nullcontext() if self.hollow else placed(loaded.model, self.device):
+        with self._stage(stage), nullcontext(True) if self.hollow else placed(loaded.model, self.device) as there:
+            if not there:
+                self.observer.say(f"The whole model does not fit on {self.device}: evaluated where it is.")
+                self.notes.append(f"{stage}: the whole model did not fit on {self.device}")
             return measure(loaded.model, loaded.tokenizer)
 
     def _report(self, loaded: Loaded, pruned: Pruned) -> Report:
@@ -262,7 +272,7 @@ class _Run:
             before=self.before.plain_rows(),
             seconds=dict(self.seconds),
             peak_memory_bytes=peak_memory(self.device),
-            notes=tuple(self.notes),
+            notes=(*self.notes, *pruned.notes),
             created=now(),
             model=describe_model(loaded.model, loaded.base_name),
         )

@@ -1,6 +1,7 @@
 """Wanda: weights times the norm of what they are multiplied with (Sun et al., 2023, https://arxiv.org/abs/2306.11695).
 
-A weight matters by |W_ij| · ‖X_j‖₂; compared inside each output row. Kept weights stay as they are.
+A weight matters by |W_ij| · ‖X_j‖₂; compared inside each output row. Kept weights stay as they are. Among features that
+are always zero, or where no token came at all, magnitude decides.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from llmprune.sparsity.pattern import Pattern
 from llmprune.sparsity.statistics import FeatureNorm, Hessian, Statistic
 
 __all__ = ["Wanda"]
+
+LEAST_NORM = 2.0**-100
+"""Stands for a norm of zero. The root of a float32 is 0 or at least 2**-75, so it is below every other norm; and a
+power of two leaves the order of weights as it is."""
 
 
 @dataclass(frozen=True)
@@ -45,5 +50,5 @@ class Wanda:
         rows, pooled : no part: every row stands alone, so stacked or divided linears need no care
         """
         assert isinstance(statistic, FeatureNorm | Hessian)
-        mask = mask_per_row(weight.abs() * statistic.norms, pattern)
+        mask = mask_per_row(weight.abs() * statistic.norms.clamp_min(LEAST_NORM), pattern)
         return Solution(weight.where(mask, 0), mask)

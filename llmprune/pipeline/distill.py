@@ -24,7 +24,10 @@ from llmprune.machine import compute_dtype
 from llmprune.results import TunedPart
 from llmprune.walk.tuning import tune
 
-__all__ = ["Predictions", "distill", "divergence", "predictions"]
+__all__ = ["HELD_BYTES", "Predictions", "distill", "divergence", "predictions"]
+
+HELD_BYTES = 5 * 4
+"""For each pruned weight: itself, the best of it so far, its gradient and Adam's two moments, in float32."""
 
 TOP = 128
 """Most likely tokens that are written down at each position."""
@@ -50,7 +53,7 @@ def predictions(model: nn.Module, batches: Sequence[Tensor]) -> list[Predictions
     found = []
     with torch.no_grad():
         for ids in batches:
-            logs = _logits(model, ids).log_softmax(-1)
+            logs = _logits(model, ids).float().log_softmax(-1)
             top = logs.topk(min(TOP, logs.shape[-1]))
             found.append(Predictions(top.indices.int().cpu(), top.values.half().cpu()))
     return found
@@ -87,13 +90,13 @@ def distill(
     masks : by name of a parameter, what is kept of it (True), of the parameter's own shape
     wanted : of the dense model, per batch
     held_out : batches that are not trained on but decide
-    progress : called with (steps done, steps at most)
+    progress : called with (steps done, of how many)
     """
     parameters = dict(model.named_parameters())
     losses = [partial(_loss, model, ids, target) for ids, target in zip(batches, wanted, strict=True)]
     return tune(
         "model",
-        [(parameters[name], mask) for name, mask in masks.items()],
+        [(parameters[name], mask.to(parameters[name].device)) for name, mask in masks.items()],
         losses,
         held_out=held_out,
         passes=passes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from llmprune.config import PruneConfig
 from llmprune.distributed import Team
 from llmprune.errors import LlmpruneError, LostProcess
-from llmprune.machine import free_bytes, give_back_memory
-from llmprune.pipeline.distill import Predictions, distill, predictions
+from llmprune.machine import free_bytes, give_back_memory, placed
+from llmprune.pipeline.distill import HELD_BYTES, Predictions, distill, predictions
 from llmprune.pipeline.groups import Place, prune_group, recounted
 from llmprune.pipeline.masks import StoredMasks
 from llmprune.pipeline.permute import PROOF_TOKENS, WINDOWS, Permuter
@@ -23,7 +24,6 @@ from llmprune.pipeline.survey import Survey, survey_model
 from llmprune.pipeline.tuner import Tuner
 from llmprune.pipeline.walkable import caller, dtype_on, record_layers, walkable
 from llmprune.results import PrunedWeight, SkippedWeight, TunedPart
-from llmprune.sparsity.pattern import NM
 from llmprune.walk.dense_path import DensePath
 from llmprune.walk.lockstep import LayerWalk, require_finite
 from llmprune.walk.recorder import Recording, record
@@ -39,12 +39,13 @@ HELD_OUT = 8
 @dataclass
 class Pruned:
     """Which weights were pruned, which matrices were left dense and why, which other parameters were
-    changed, and which parts were tuned."""
+    changed, which parts were tuned, and what a person should know about it."""
 
     weights: list[PrunedWeight] = field(default_factory=list)
     skipped: list[SkippedWeight] = field(default_factory=list)
     adjusted: set[str] = field(default_factory=set)
     tuned: list[TunedPart] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, layer: FinishedLayer) -> None:
         """Take in what was done to one layer."""
@@ -69,7 +70,10 @@ class Watcher:
         """A layer is finished."""
 
     def distilled(self, done: int, total: int) -> None:
-        """So many steps of the distillation are done, of `total` at most."""
+        """So many steps of the distillation are done, of `total`."""
+
+    def say(self, sentence: str) -> None:
+        """Something that a person should know."""
 
 
 def prune_layers(
@@ -116,8 +120,13 @@ def prune_layers(
         _restore_all(sink, survey, result)
         return result
     batches = list(windows.split(config.batch_size))
+    if len(batches) == 1 and (config.recipe.dense_targets or config.tune or config.distill):
+        watcher.say(
+            "All calibration windows are in one batch, so none can be held out: no dense targets, no tuning, no "
+            "distillation. Give more --num-samples or a smaller --batch-size."
+        )
     with walkable(model):
-        wanted = predictions(model, batches) if config.distill else []
+        wanted = _predictions(model, batches, device, watcher) if config.distill and len(batches) > 1 else []
         loop = _Loop(model, batches, config=config, survey=survey, plan=plan, device=device, keep=keep, team=team)
         give_back_memory()  # what loading and the survey left
         for index in range(count):
@@ -125,7 +134,11 @@ def prune_layers(
             give_back_memory()
             watcher.layer_done(index)
         sink.all_finished()
-        if config.distill:
+        if loop.permuter is not None and not loop.permuter.free:
+            result.notes.append(
+                "permute did nothing: in no layer could it be proved that inputs of an N:M weight may change places"
+            )
+        if wanted:
             result.tuned.append(loop.distill(wanted, watcher))
             watcher.tuned(result.tuned[-1])
             result.weights = recounted(model, result.weights)
@@ -143,6 +156,13 @@ def _plan(model: nn.Module, windows: Tensor, config: PruneConfig, survey: Survey
         overrides=config.override_map,
         batch_size=config.batch_size,
     )
+
+
+def _predictions(model: nn.Module, batches: list[Tensor], device: torch.device, watcher: Watcher) -> list[Predictions]:
+    with placed(model, device) as there:
+        if not there:
+            watcher.say(f"The whole model does not fit on {device}: its predictions are computed where it is.")
+        return predictions(model, batches)
 
 
 def _restore_all(sink: Sink, survey: Survey, result: Pruned) -> None:
@@ -178,7 +198,7 @@ class _Loop:
         self.masks: dict[str, Tensor] = {}
         self.pruned = self._record(model)
         # Recorded twice, because some layers share state through their arguments.
-        compared = self.recipe.dense_targets or config.tune
+        compared = (self.recipe.dense_targets or config.tune) and len(batches) > 1
         self.dense = self._record(model) if compared else None
         self.permuter = self._permuter(model, batches)
         self.first_windows = range(len(share))[: max(0, WINDOWS - share.start)]
@@ -201,7 +221,7 @@ class _Loop:
                         done = earlier
                         sink.restore(index, layer)
                         self._run_through(layer, index)
-                    if dense is not None:
+                    if dense is not None and index + 1 < len(self.survey.decoder.layers):
                         dense.outputs(self.keep)
             if earlier is None:
                 sink.finished(index, layer, done)
@@ -256,7 +276,8 @@ class _Loop:
             return set()
         prefix, schedule = self.survey.decoder.prefixes[index], self.survey.schedules[index]
         hidden = [self.pruned.hidden[batch] for batch in self.first_windows]
-        moved = self.permuter.permute(layer, index, schedule, hidden=hidden, call=caller(self.pruned, index))
+        patterns, call = self.plan.patterns(index), caller(self.pruned, index)
+        moved = self.permuter.permute(layer, index, schedule, patterns=patterns, hidden=hidden, call=call)
         scheduled = {key.parameter for station in schedule.stations for key in station.weights}
         return {prefix + name for name in moved - scheduled}
 
@@ -266,25 +287,32 @@ class _Loop:
 
     def distill(self, wanted: list[Predictions], watcher: Watcher) -> TunedPart:
         """Tune what all layers have kept, together, towards these predictions of the dense model."""
-        self.pruned.hidden = []
-        return distill(
-            self.model,
-            self.batches,
-            wanted,
-            masks=self.masks,
-            held_out=self.held_out,
-            passes=self.config.distill or 0,
-            progress=watcher.distilled,
-        )
+        self.pruned.hidden, self.dense = [], None
+        beside = HELD_BYTES * sum(mask.numel() for mask in self.masks.values())
+        with placed(self.model, self.device, beside=beside) as there:
+            if not there:
+                watcher.say(
+                    f"The model and what is adjusted do not fit on {self.device}: distilled where the model is."
+                )
+            return distill(
+                self.model,
+                self.batches,
+                wanted,
+                masks=self.masks,
+                held_out=self.held_out,
+                passes=self.config.distill or 0,
+                progress=watcher.distilled,
+            )
 
     def _permuter(self, model: nn.Module, batches: list[Tensor]) -> Permuter | None:
         if not self.config.permute:
             return None
-        assert isinstance(self.config.pattern, NM)
         with self.survey.decoder.surroundings():
             ids = batches[0][:1, :PROOF_TOKENS].to(next(model.parameters()).device)
-            proof = record(model, self.survey.decoder.layers, [ids], place=_float64, forms=self.survey.forms)
-        return Permuter(proof, self.config.pattern, self.team)
+            # On the device where the layers will be when they have their turn.
+            place = partial(_float64, device=self.device)
+            proof = record(model, self.survey.decoder.layers, [ids], place=place, forms=self.survey.forms)
+        return Permuter(proof, self.team)
 
     def _walk(self, layer: nn.Module, index: int, dense: DensePath | None) -> LayerWalk:
         schedule = self.survey.schedules[index]
@@ -297,6 +325,8 @@ class _Loop:
             capacity=self._capacity(schedule),
             dense=dense,
             held_out=self.held_out,
+            learn_from_all=not self.recipe.hold_out,
+            may_start_over=bool(self.config.tune),
             tidy=give_back_memory,
             keep=self.keep,
             team=self.team,
@@ -340,5 +370,5 @@ class _naming:  # noqa: N801 - reads as a word in a with statement
             error.args = (f"{self.prefix.rstrip('.')}: {error.args[0]}", *error.args[1:])
 
 
-def _float64(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _float64(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, torch.float64 if tensor.is_floating_point() else None)

@@ -7,15 +7,16 @@ first weight of the layer is pruned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from llmprune.distributed import Team
 from llmprune.model.freedom import Freedom, Known, Site, apply, find_freedoms
-from llmprune.sparsity.pattern import NM
+from llmprune.sparsity.pattern import NM, Pattern
 from llmprune.sparsity.permutation import Arrangement, search
 from llmprune.sparsity.statistics import FeatureNorm
 from llmprune.walk.products import Product, Products
@@ -37,13 +38,17 @@ class Permuter:
     Parameters
     ----------
     proof : what the layers are called with on one short window, all in float64
-    pattern : whose groups the features stand in
     team : rank 0 chooses, on the windows of all, and all do the same
+
+    Attributes
+    ----------
+    free : in how many weights so far inputs could change places
     """
 
-    def __init__(self, proof: Recording, pattern: NM, team: Team | None = None) -> None:
-        self.proof, self.pattern, self.team = proof, pattern, team or Team()
+    def __init__(self, proof: Recording, team: Team | None = None) -> None:
+        self.proof, self.team = proof, team or Team()
         self.known: Known = {}
+        self.free = 0
 
     def permute(
         self,
@@ -51,11 +56,13 @@ class Permuter:
         index: int,
         schedule: Schedule,
         *,
+        patterns: Mapping[str, Pattern],
         hidden: Sequence[Tensor],
         call: Callable[[nn.Module, Tensor, int], Tensor],
     ) -> set[str]:
         """Change places in a layer that is still dense.
 
+        patterns : of the layer's parameters. Inputs change places where theirs is N:M, as its groups want it
         hidden, call : the layer's inputs, one batch each, and how it is called with one of them: (layer, states,
             batch); of all batches, those among the first `WINDOWS` that are this process's
 
@@ -64,29 +71,25 @@ class Permuter:
         names of the parameters that changed
         """
         window = self.proof.hidden[0]
-        freedoms = self.team.decided(
+        found = self.team.decided(
             lambda: find_freedoms(
                 layer, lambda copied: self.proof.calls[index][0](copied, window), schedule.input_axes, self.known
             )
         )
         self.proof.calls[index] = []
+        grouped = {name: pattern for name, pattern in patterns.items() if isinstance(pattern, NM)}
+        freedoms = [freedom for freedom in found if freedom.consumer.parameter in grouped]
+        self.free += len(freedoms)
         norms = self._norms(layer, freedoms, hidden=hidden, call=call)
         changed: set[str] = set()
         for freedom in freedoms:
-            found = self.team.decided(lambda chosen=freedom: self._order(layer, chosen, schedule, norms))  # type: ignore[misc]
-            if found.dropped < found.dropped_before:
-                apply(layer, freedom, found.permutation)
+            name = freedom.consumer.parameter
+            weight, pattern, norm = _weight(layer, freedom, schedule), grouped[name], norms.get(name)
+            order = self.team.decided(partial(_order, weight, freedom.consumer, pattern, norm))
+            if order.dropped < order.dropped_before:
+                apply(layer, freedom, order.permutation)
                 changed |= {site.parameter for site in (freedom.consumer, *freedom.producers)}
         return changed
-
-    def _order(
-        self, layer: nn.Module, freedom: Freedom, schedule: Schedule, norms: dict[str, FeatureNorm]
-    ) -> Arrangement:
-        scores = _weight(layer, freedom, schedule).float().square()
-        if (norm := norms.get(freedom.consumer.parameter)) is not None and freedom.consumer.expert is None:
-            scores *= norm.norms.square()
-        found = search(scores, self.pattern, freedom.consumer.positions)
-        return replace(found, permutation=found.permutation.cpu())  # as it can be sent
 
     def _norms(
         self,
@@ -120,6 +123,14 @@ class Permuter:
             mine.tokens = tokens
             if tokens:
                 norms[name] = mine
+
+
+def _order(weight: Tensor, site: Site, pattern: NM, norm: FeatureNorm | None) -> Arrangement:
+    scores = weight.float().square()
+    if norm is not None and site.expert is None:
+        scores *= norm.norms.square()
+    found = search(scores, pattern, site.positions)
+    return replace(found, permutation=found.permutation.cpu())  # as it can be sent
 
 
 def _weight(layer: nn.Module, freedom: Freedom, schedule: Schedule) -> Tensor:

@@ -16,13 +16,13 @@ L / 2 of the whole model, and a small refit for each trial.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import UserError
+from llmprune.errors import NumericError, UserError
 from llmprune.pipeline.dense_turns import DenseTurn, dense_turns
 from llmprune.pipeline.overrides import overridden
 from llmprune.pipeline.survey import Survey
@@ -50,6 +50,8 @@ WINDOWS = 8
 
 MEASURED = 2
 """Those of them on which errors are measured: enough to tell what matters, and the time goes by their number."""
+
+OVERFLOWS = "float16 models overflow easily: try --dtype bfloat16 or float32."
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,13 @@ class Plan:
 class _Linear:
     """A parameter that zeros are allocated to: a matrix, or a stack of experts, which all get the same.
 
+    name, full : in its layer, and in the model
     unit : how many scopes it has in which zeros are counted apart (its rows, or its experts, or itself)
     """
 
     layer: int
     name: str
+    full: str
     size: int
     in_features: int
     unit: int
@@ -122,18 +126,20 @@ def make_plan(
     ------
     UserError
         for overrides that match nothing or do not divide, or a budget that the levels cannot reach.
+    NumericError
+        naming a weight that overflows at every level when it is pruned on trial.
     """
     linears = _linears(survey, scope)
-    names = {linear: survey.decoder.prefixes[linear.layer] + linear.name for linear in linears}
-    said = overridden({names[linear]: linear.in_features for linear in linears}, overrides or {})
-    free = [linear for linear in linears if names[linear] not in said]
+    said = overridden({linear.full: linear.in_features for linear in linears}, overrides or {})
+    free = [linear for linear in linears if linear.full not in said]
     chosen: dict[_Linear, Pattern | None] = dict.fromkeys(free, allocation.pattern)
     if free and allocation.kind != "uniform":
-        batches = [windows[:MEASURED], *windows[MEASURED:WINDOWS].split(batch_size)]
+        others = windows[MEASURED:WINDOWS]  # splitting none would make one empty batch
+        batches = [windows[:MEASURED], *(others.split(batch_size) if len(others) else ())]
         with walkable(model), torch.no_grad():
             measure, kind = MEASURES[allocation.kind]
             chosen = measure(dense_turns(model, batches, survey, device, kind), free, allocation)
-    patterns = chosen | {linear: said[name] for linear, name in names.items() if name in said}
+    patterns = chosen | {linear: said[linear.full] for linear in linears if linear.full in said}
     layers = [
         {linear.name: patterns[linear] for linear in linears if linear.layer == at}
         for at in range(len(survey.schedules))
@@ -149,7 +155,8 @@ def _linears(survey: Survey, scope: str) -> list[_Linear]:
             in_features = parameter.shape[-1] if axis == 1 else parameter.shape[-2]
             stacked = parameter.shape[0] if parameter.ndim == 3 else 1
             unit = parameter.numel() // in_features if scope == "row" else stacked
-            found.append(_Linear(index, name, parameter.numel(), in_features, unit))
+            full = survey.decoder.prefixes[index] + name
+            found.append(_Linear(index, name, full, parameter.numel(), in_features, unit))
     return found
 
 
@@ -188,6 +195,7 @@ def _by_error(
     turns: Iterable[DenseTurn], linears: Sequence[_Linear], allocation: Allocation
 ) -> dict[_Linear, Pattern | None]:
     menu = _menu(allocation)
+    at_pattern = menu.index(allocation.pattern)
     errors: dict[_Linear, list[float]] = {}
     copies: dict[int, Tensor] = {}
     final = torch.empty(0)
@@ -196,14 +204,14 @@ def _by_error(
         own = [linear for linear in linears if linear.layer == turn.index]
         for linear in own:
             errors[linear] = [_error_of(turn, linear, level) for level in menu]
-        if own:
-            with turn.pruned({linear.name: allocation.pattern for linear in own}):
+        if sound := [linear for linear in own if math.isfinite(errors[linear][at_pattern])]:
+            with turn.pruned({linear.name: allocation.pattern for linear in sound}):
                 copies[turn.index] = turn.run(turn.inputs)
         final = turn.outputs
-    at_pattern = menu.index(allocation.pattern)
     for layer, hidden in copies.items():
         own = [linear for linear in linears if linear.layer == layer]
-        weight = _moved(hidden, final) / max(sum(errors[linear][at_pattern] for linear in own), 1e-30)
+        local = [errors[linear][at_pattern] for linear in own if math.isfinite(errors[linear][at_pattern])]
+        weight = _moved(hidden, final) / max(sum(local), 1e-30)
         for linear in own:
             errors[linear] = [weight * error for error in errors[linear]]
     return _cheapest_levels(linears, errors, menu, allocation)
@@ -241,9 +249,17 @@ def _cheapest_levels(
     if isinstance(allocation.pattern, Unstructured):
         points = [sparsity_of(level) for level in menu]
         curves = [interpolated(points, errors[linear], linear.size) for linear in linears]
-        zeros = cheapest(curves, round(allocation.total * sum(sizes)), divisible=True)
+        _require_levels(linears, curves)
+        wanted = round(allocation.total * sum(sizes))
+        zeros = cheapest(curves, wanted, divisible=True)
+        if wanted - sum(zeros) > len(linears):  # more than rounding
+            raise NumericError(
+                f"pruned on trial, so many weights give NaN or inf that {allocation.pattern} cannot be reached. "
+                f"{OVERFLOWS}"
+            )
         return _rounded(linears, [count / size for count, size in zip(zeros, sizes, strict=True)], allocation.total)
     menus = [_levels_of(linear, errors[linear], menu) for linear in linears]
+    _require_levels(linears, menus)
     wanted = math.ceil(allocation.total * sum(sizes))
     zeros = cheapest([list(options) for options in menus], wanted, divisible=False)
     if sum(zeros) < wanted:
@@ -256,13 +272,19 @@ def _cheapest_levels(
 
 
 def _levels_of(linear: _Linear, errors: Sequence[float], menu: Sequence[Pattern | None]) -> dict[Level, Pattern | None]:
-    """What a linear may get, one pattern for each number of zeros."""
+    """What a linear may get, one pattern for each number of zeros; no level whose error is not a finite number."""
     best: dict[int, tuple[float, Pattern | None]] = {}
     for pattern, error in zip(menu, errors, strict=True):
         zeros = pattern.zeros_of(linear.size) if pattern is not None else 0
         if error < best.get(zeros, (math.inf, None))[0]:
             best[zeros] = (error, pattern)
     return {Level(zeros, error): pattern for zeros, (error, pattern) in best.items()}
+
+
+def _require_levels(linears: Sequence[_Linear], menus: Sequence[Collection[Level]]) -> None:
+    for linear, menu in zip(linears, menus, strict=True):
+        if not menu:
+            raise NumericError(f"{linear.full}: pruned on trial it gives NaN or inf at every level. {OVERFLOWS}")
 
 
 MEASURES: dict[str, tuple[Callable[..., dict[_Linear, Pattern | None]], type[Statistic]]] = {

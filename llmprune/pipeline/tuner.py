@@ -26,7 +26,7 @@ class Tuner:
     dense : the unpruned layer, which gives the targets
     call : runs the pruned layer, (layer, hidden, batch number) → hidden states
     stored : the checkpoint's dtype of each parameter
-    passes : over the calibration windows, at most
+    passes : over the calibration windows
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Tuner:
         self.stored, self.passes = stored, passes
         self.parameters = dict(walk.layer.named_parameters())
         scheduled = list(dict.fromkeys(key.parameter for key in walk.position))
-        self.parts = parts_of(scheduled)
+        self.parts = parts_of(walk.layer, scheduled)
         self.missing = {key for station in walk.schedule.stations for key in walk.keys_of(station)}
 
     def pruned(self, group: Group, masks: StoredMasks) -> Iterator[TunedPart]:

@@ -18,7 +18,7 @@ from llmprune.checkpoint.layout import converted_parameters
 from llmprune.config import EvaluationConfig, PruneConfig
 from llmprune.eval.losses import LOGITS_MEMORY
 from llmprune.machine import compute_dtype, free_bytes
-from llmprune.pipeline.distill import TOP
+from llmprune.pipeline.distill import HELD_BYTES, TOP
 from llmprune.plan.sketch import Sketch
 from llmprune.plan.source import DEQUANTIZED, Source
 from llmprune.plan.workload import Load, Solve
@@ -188,7 +188,7 @@ def _distill(job: Job) -> tuple[Term, ...]:
     kept = config.num_samples * config.seq_len * TOP * 6
     activations = config.batch_size * sum(load.waiting_bytes for load in job.loads) * 2
     return (
-        Term("copies, gradients and moments of the pruned weights", 5 * 4 * count),
+        Term("copies, gradients and moments of the pruned weights", HELD_BYTES * count),
         Term("masks", count),
         Term("the dense model's predictions", kept),
         Term("activations of a batch in all layers", activations),

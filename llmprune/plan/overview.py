@@ -27,6 +27,7 @@ from llmprune.plan.source import DEQUANTIZED, Source, read_source
 from llmprune.plan.speed import Speed, measure
 from llmprune.plan.workload import load_of
 from llmprune.results import PrunedWeight, SkippedWeight
+from llmprune.sparsity.allocation import Allocation
 
 __all__ = ["Forecast", "Request", "forecast"]
 
@@ -206,12 +207,11 @@ def _settled(request: Request, model: Any, device: torch.device) -> tuple[PruneC
 
 def _plan(drawn: Sketch, config: PruneConfig, device: torch.device) -> Plan:
     """The pattern of every weight; where an allocation will measure, that which all would get without it."""
-    allocation = replace(config.build_allocation(), kind="uniform", budget=None)
     no_windows = torch.empty(0, 0, dtype=torch.int64)
     return make_plan(
         drawn.model,
         no_windows,
-        allocation,
+        Allocation(config.pattern),
         drawn.survey,
         device=device,
         scope=config.recipe.method.scope,

@@ -11,7 +11,7 @@ import click
 
 from llmprune.config import EvaluationConfig, PruneConfig
 from llmprune.machine import keep_memory_together
-from llmprune.options import Titled
+from llmprune.options import Titled, typed_first
 from llmprune.plan.overview import Request, forecast
 from llmprune.plan.show import show_forecast
 
@@ -45,6 +45,7 @@ def _plan(*, no_eval: bool, every: bool, as_json: bool, **options: Any) -> None:
 
     if options["model"] is None:
         raise click.UsageError("--model is missing: a hub id (gpt2), a directory, a .gguf file, or demo.")
+    typed_first(options)
     config, evaluation = take(PruneConfig), take(EvaluationConfig)
     if no_eval:
         evaluation["eval_dataset"] = ()

@@ -112,7 +112,13 @@ def _solves(
         for pattern, names in together.items():
             weights = [layer.get_parameter(name) for name in names]
             axes = [schedule.input_axes[name] for name in names]
-            yield _solve(station, weights, axes, pattern=pattern, config=config, device=device)
+            biased = station.weights[0].expert is None and all(_has_bias(layer, name) for name in names)
+            yield _solve(station, weights, axes, pattern=pattern, biased=biased, config=config, device=device)
+
+
+def _has_bias(layer: nn.Module, weight: str) -> bool:
+    """Whether the same module adds a bias to the product with a weight."""
+    return weight.removesuffix("weight") + "bias" in dict(layer.named_parameters())
 
 
 def _solve(
@@ -121,6 +127,7 @@ def _solve(
     axes: Sequence[int],
     *,
     pattern: Pattern,
+    biased: bool,
     config: PruneConfig,
     device: torch.device,
 ) -> Solve:
@@ -143,6 +150,7 @@ def _solve(
         in_features=in_features,
         kind=kind,
         held_out=held_out,
+        biased=biased,
         tokens=max(1, batch),
         computed=compute_dtype(device, stored),
         stored=stored,
@@ -192,6 +200,7 @@ def _update(kind: type[Statistic] | None, in_features: int, tokens: float) -> Wo
 class Case:
     """A solve to be counted.
 
+    biased : whether every weight has a bias
     tokens : of the batch that errors are measured on
     computed, stored : dtypes of the weights while the layer is computed, and in the checkpoint
     """
@@ -202,6 +211,7 @@ class Case:
     in_features: int
     kind: type[Statistic] | None
     held_out: bool
+    biased: bool
     tokens: int
     computed: torch.dtype
     stored: torch.dtype
@@ -228,7 +238,7 @@ def count_case(case: Case) -> Work:
         layer=0,
         prefix="",
         schedule=Schedule((Station(group.keys),), dict.fromkeys(names, 1), (), 0),
-        stored=dict.fromkeys(names, case.stored),
+        stored=dict.fromkeys([*names, *(name for name, _ in group.biases.values())], case.stored),
         adjusted=set(),
         patterns=dict.fromkeys(names, case.pattern),
     )
@@ -256,11 +266,17 @@ def _group(case: Case) -> Group:
         found.compare(inputs, inputs + 0.1 * inputs @ mix)
         return found
 
+    keys = tuple(WeightKey(str(index)) for index in range(len(case.rows)))
+    biases = {
+        key: (f"bias of {key}", torch.zeros(count, dtype=case.computed))
+        for key, count in zip(keys, case.rows, strict=True)
+    }
     return Group(
-        keys=tuple(WeightKey(str(index)) for index in range(len(case.rows))),
+        keys=keys,
         weights=[torch.randn(count, size, generator=generator).to(case.computed) for count in case.rows],
         statistic=statistic(),
         inputs=torch.randn(case.tokens, size, generator=generator).to(case.computed),
         tokens=case.tokens,
         held=statistic() if case.held_out else None,
+        biases=biases if case.biased else {},
     )

@@ -33,6 +33,9 @@ CUSPARSELT = "cusparselt"
 
 HALF = (torch.bfloat16, torch.float16)
 
+MOST_TOKENS_24 = 256
+"""Beyond, a product that reads the packed weight again and again is not worth timing in all its settings."""
+
 CUSPARSELT_TOKENS = 64
 """From how many tokens NVIDIA's library is worth timing; below, it pads."""
 
@@ -73,7 +76,8 @@ def _paths_24(weight: SparseWeight, tokens: int) -> dict[str, Callable[[], Path]
     with suppress(ValueError):  # raised if no kernel takes this shape
         default_24(shape)
         ways["kernel"] = partial(_kernel_24, weight, None)
-    ways |= {str(config): partial(_kernel_24, weight, str(config)) for config in candidates_24(shape)}
+    if tokens <= MOST_TOKENS_24:
+        ways |= {str(config): partial(_kernel_24, weight, str(config)) for config in candidates_24(shape)}
     if tokens >= CUSPARSELT_TOKENS and torch.backends.cusparselt.is_available():
         ways[CUSPARSELT] = partial(_cusparselt, weight)
     return ways
@@ -83,7 +87,8 @@ def _kernel_24(weight: SparseWeight, config: str | None) -> Path:
     from llmprune.triton_kernels.matmul_24 import matmul_24
 
     fits = weight.out_features % 16 == 0 and weight.in_features % 64 == 0
-    meta = weight.once(_meta) if fits else None
+    reads_meta = config is None or config.startswith("mma")  # it takes as much memory as the index
+    meta = weight.once(_meta) if fits and reads_meta else None
     return lambda x: matmul_24(x, weight.values, weight.index, meta=meta, bias=weight.bias, config=config)
 
 

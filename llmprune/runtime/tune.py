@@ -126,6 +126,7 @@ def _on_cpu(ways: list[Path], x: Tensor) -> Callable[[], float]:
 def _on_gpu(ways: list[Path], x: Tensor) -> Callable[[], float]:
     """The same on a GPU, its launches recorded once."""
     stream = torch.cuda.Stream(x.device)
+    stream.wait_stream(torch.cuda.current_stream(x.device))  # which makes `x` and the weights' second forms
     with torch.cuda.stream(stream):
         for way in ways:  # kernels are compiled and second forms made before anything is recorded
             way(x)

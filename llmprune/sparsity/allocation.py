@@ -75,6 +75,11 @@ class Allocation:
                 f"allocation 'owl' deals out a fraction of zeros, and {self.pattern} is the same everywhere. "
                 "Give a fraction (70%), or allocation 'error' with a budget."
             )
+        if self.levels != (None,) and not chooses:
+            raise UserError(
+                "levels go with allocation 'error' and an N:M sparsity (2:4): elsewhere no weight chooses among them. "
+                f"Got allocation {self.kind!r} and sparsity {self.pattern}."
+            )
         if self.budget is not None and not chooses:
             raise UserError(
                 "a budget goes with allocation 'error' and an N:M sparsity (2:4); with a fraction the sparsity itself "
@@ -180,11 +185,18 @@ def interpolated(sparsities: Sequence[float], errors: Sequence[float], size: int
 
     Parameters
     ----------
-    sparsities : rising, at least two
-    errors : measured there, ≥ 0
+    sparsities : rising
+    errors : measured there, ≥ 0; a point whose error is NaN or inf has overflowed, and the curve ends without it
     size : weights of the linear
+
+    Returns
+    -------
+    rising levels; a single finite point alone, and none at all if no point is finite.
     """
-    logs = [math.log(max(error, 1e-30)) for error in errors]
+    finite = [(at, math.log(max(error, 1e-30))) for at, error in zip(sparsities, errors) if math.isfinite(error)]
+    if len(finite) < 2:
+        return [Level(round(at * size), math.exp(log)) for at, log in finite]
+    sparsities, logs = [at for at, _ in finite], [log for _, log in finite]
     levels = []
     for point in range(points):
         sparsity = sparsities[0] + (sparsities[-1] - sparsities[0]) * point / (points - 1)

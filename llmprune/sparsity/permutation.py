@@ -45,7 +45,8 @@ class Arrangement:
     """An order of the inputs, and what it brings.
 
     permutation : (blocks, size) int64; in block b the new unit i is the old unit `permutation[b, i]`
-    dropped_before, dropped : share of the scores' sum that the pattern cannot keep, in the old and in this order
+    dropped_before, dropped : share of the scores' sum that the pattern cannot keep, in the old and in this order; 0
+        where the inputs do not divide into groups, so that there is no pattern
     """
 
     permutation: Tensor
@@ -72,7 +73,7 @@ def search(scores: Tensor, pattern: NM, positions: Tensor | None = None, *, seed
         positions = torch.arange(scores.shape[1])[None, None]
     positions = positions.to(scores.device)
     identity = torch.arange(positions.shape[2], device=scores.device).expand(len(positions), -1)
-    before = _dropped_share(scores, pattern)
+    before = _dropped_share(scores, pattern) if pattern.fits(scores.shape[1]) else 0.0
     if not _aligned(positions, pattern.m):
         return Arrangement(identity, before, before)
     units = _unit_scores(scores, positions, seed)

@@ -94,7 +94,7 @@ def shifted_target(
     del held_hessian, hessian  # each may be larger than the weight
     if learn_from_all:
         known.merge(held)
-    if best_gain <= 0:
+    if not best_gain > 0:  # nor where it is NaN
         return Shift(weight, (0.0,) * len(rows), best_frac, 0.0)
     if learn_from_all:
         learned.lerp_(wanted, held.tokens / known.tokens)
@@ -104,8 +104,13 @@ def shifted_target(
 
 
 def _shift(learned: Tensor, hessian: Tensor, fraction: float) -> Tensor:
-    """S (H + λI) = W C for some rows of W C, (rows, in_features)."""
-    lower = torch.linalg.cholesky(damped(hessian.clone(), fraction))
+    """S (H + λI) = W C for some rows of W C, (rows, in_features).
+
+    Where rounding has left H + λI not positive definite, there is no shift to trust: S is 0, and gains nothing.
+    """
+    lower, failed = torch.linalg.cholesky_ex(damped(hessian.clone(), fraction))
+    if failed:
+        return torch.zeros_like(learned)
     # From the right, as rows lie: on a CPU that is faster than cholesky_solve on the columns.
     half = torch.linalg.solve_triangular(lower.mT, learned, upper=True, left=False)
     shift: Tensor = torch.linalg.solve_triangular(lower, half, upper=False, left=False)

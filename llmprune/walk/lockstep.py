@@ -94,6 +94,8 @@ class LayerWalk:
     capacity : how many batches may wait at once, at least 1
     dense : the same layer unpruned, where the statistic compares the two
     held_out : batches whose inputs are summed apart (at stations that can be compared)
+    learn_from_all : at the other stations, held-out batches are summed with the rest; else they are left out there
+    may_start_over : `start_over` may be called, so the hidden states that enter are kept to the end
     tidy : called whenever `TIDY` batches have gone on, to give back memory that they left
     keep : puts what leaves the layer, per batch, where it waits for the next one
     team : the processes that walk this layer together, each with batches of its own
@@ -118,6 +120,8 @@ class LayerWalk:
         capacity: int,
         dense: DensePath | None = None,
         held_out: frozenset[int] = frozenset(),
+        learn_from_all: bool = True,
+        may_start_over: bool = False,
         tidy: Callable[[], None] | None = None,
         keep: Callable[[Tensor], Tensor] | None = None,
         team: Team | None = None,
@@ -126,15 +130,17 @@ class LayerWalk:
         self.kind, self.capacity, self.dense, self.held_out = kind, capacity, dense, held_out
         self.tidy, self.keep, self._advances = tidy, keep, 0
         self.team = team or Team()
+        self.learn_from_all = learn_from_all
         self._holds_out = self.team.total(len(held_out))[0] > 0  # here or elsewhere
         self.parameters = dict(layer.named_parameters())
         self.position = {key: at for at, station in enumerate(schedule.stations) for key in station.weights}
         watched = {key.parameter for key in self.position}
         self.products = Products(((name, self.parameters[name]) for name in watched), self._meet)
         self.outputs: list[Tensor] = []
-        self._may_rerun = any(s.repeated or s.weights[0].expert is not None for s in schedule.stations)
+        stations = schedule.stations
+        self._may_rerun = may_start_over or any(s.repeated or s.weights[0].expert is not None for s in stations)
         self._tallies: dict[WeightKey, Tally] = {}
-        self._counted: dict[int, dict[int, int]] = {at: {} for at in range(len(schedule.stations))}
+        self._counted: dict[int, dict[int, int]] = {at: {} for at in range(len(stations))}
         self._finished: set[int] = set()
         self._pools: dict[str, Statistic] = {}
         self._postponed: list[WeightKey] = []
@@ -142,7 +148,8 @@ class LayerWalk:
         self._live: dict[int, _Run] = {}
         self._results: dict[int, Tensor] = {}
         self._current: _Run | None = None
-        self._stale = False
+        self._stale: set[int] = set()
+        self._started_over = False
         self._main = getcurrent()
 
     def __iter__(self) -> Generator[Group, None, None]:
@@ -170,7 +177,7 @@ class LayerWalk:
             tally = self._pooled(key)
             if key.expert is not None and tally.statistic is not None:
                 self._pool(key).merge(tally.statistic)
-                if tally.tokens < TRUSTED * self._weight(key).shape[1]:
+                if tally.statistic.tokens < TRUSTED * self._weight(key).shape[1]:
                     self._postponed.append(key)
                     continue
             yield self._group(station.weights if key.expert is None else (key,), tally)
@@ -203,8 +210,9 @@ class LayerWalk:
             return self._group((key,), tally or self._new_tally(key), "met no token")
         own = tally or self._new_tally(key)
         assert own.statistic is not None
+        learned = round(own.statistic.tokens)
         own.statistic = mixed(own.statistic, self._pool(key), TRUSTED * self._weight(key).shape[1])
-        return self._group((key,), own, f"cold expert ({own.tokens} tokens): its stack's pooled inputs mixed in")
+        return self._group((key,), own, f"cold expert ({learned} tokens): its stack's pooled inputs mixed in")
 
     def _group(self, keys: tuple[WeightKey, ...], tally: Tally, *notes: str) -> Group:
         for statistic in filter(None, (tally.statistic, tally.held)):
@@ -249,7 +257,8 @@ class LayerWalk:
         in_features, device = weight.shape[1], weight.device
         if key.expert is None and self.schedule.stations[self.position[key]].comparable:
             return Tally(in_features, device, self.kind, hold_out=self._holds_out)
-        return Tally(in_features, device, unpaired(self.kind) if self.kind else None)
+        kind = unpaired(self.kind) if self.kind else None
+        return Tally(in_features, device, kind, learn_from_all=self.learn_from_all)
 
     # Coroutines -------------------------------------------------------------------------------------------------------
 
@@ -305,6 +314,8 @@ class LayerWalk:
         """Count the input unless an earlier run of the batch did, and pause unless the weight is finished."""
         if run.batch not in self._counted[at]:
             if at in self._finished:
+                if self._started_over:
+                    return  # weights that were tuned may send tokens to another expert than before
                 raise WalkError(
                     f"{product.key} is pruned already, but met an input it had not seen. Nothing was saved."
                 )
@@ -328,6 +339,11 @@ class LayerWalk:
         station = self.schedule.stations[at]
         keys = self.keys_of(station) if station.all_experts else [product.key]
         dense = self.dense.inputs_at(run.batch, at) if self.dense is not None and station.comparable else None
+        if dense is not None and len(dense) != len(product.inputs):
+            raise WalkError(
+                f"{product.key} met {len(product.inputs)} tokens, but in the dense model {len(dense)}, and the first window "
+                "did not show it. Nothing was saved. To prune without the dense model's inputs: --no-dense-targets."
+            )
         for key, inputs in zip(keys, product.inputs if station.all_experts else [product.inputs], strict=True):
             # An expert that is multiplied with every token has zeros for those that were not sent to it.
             met = inputs[inputs.any(-1)] if station.all_experts else inputs
@@ -345,7 +361,7 @@ class LayerWalk:
         late = {self.position.get(key, self.position.get(WeightKey(key.parameter, ALL), -1)) for key in self._postponed}
         late |= {at for at, station in enumerate(self.schedule.stations) if station.repeated}
         batches = {batch for at in late for batch in self._counted.get(at, {})}
-        for batch in range(len(self.hidden)) if self._stale else sorted(batches):
+        for batch in sorted(batches | self._stale):
             with torch.no_grad():
                 self._finish(batch, self.call(self.layer, self.hidden[batch], batch))
             self._tidy_at_times()
@@ -359,7 +375,8 @@ class LayerWalk:
         for run in self._live.values():
             self._end(run)
         self._live.clear()
-        self._stale = not self._waiting  # all are through: only a run of their own can bring them up to date
+        self._started_over = True
+        self._stale |= set(self._results)  # they are through: only a run of their own can bring them up to date
 
     def _end_all(self) -> None:
         for run in [*self._live.values(), *([self._current] if self._current else [])]:

@@ -29,16 +29,18 @@ class Station:
     weights : in the order met
     repeated : the weight is met several times in one forward, so it can be solved only after the last time
     all_experts : one product takes all experts of a stack at once
+    routed : a 2-D weight that met another number of tokens than the layer has, such as an expert in a list of modules
     """
 
     weights: tuple[WeightKey, ...]
     repeated: bool = False
     all_experts: bool = False
+    routed: bool = False
 
     @property
     def comparable(self) -> bool:
         """Whether a dense forward has the same tokens here: routing differs, and a repeated weight has many inputs."""
-        return not self.repeated and self.weights[0].expert is None
+        return not self.repeated and not self.routed and self.weights[0].expert is None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def survey_layer(
 ) -> tuple[Schedule, Tensor]:
     """Run `call(layer)` once and schedule the products with `matrices`, names of the layer's 2-D and 3-D parameters.
 
-    Returns the schedule and the output of the call.
+    Returns the schedule and the output of the call, (batch, seq_len, hidden_size).
     """
     parameters = dict(layer.named_parameters())
     log, live = _Log(), _LiveBytes(apart_from=parameters.values())
@@ -93,7 +95,9 @@ def survey_layer(
         output = call(layer)
     missing = tuple(name for name in matrices if name not in log.axes)
     experts = {name: len(p) for name, p in parameters.items() if p.ndim == 3}
-    return Schedule(tuple(_stations(log.meetings, experts)), log.axes, missing, log.peak), output
+    tokens = output.shape[-3:-1].numel()
+    routed = {key for (key, _), x in zip(log.meetings, log.held) if key.expert is None and len(x) != tokens}
+    return Schedule(tuple(_stations(log.meetings, experts, routed)), log.axes, missing, log.peak), output
 
 
 def identity(inputs: Tensor) -> tuple[Any, ...]:
@@ -101,7 +105,9 @@ def identity(inputs: Tensor) -> tuple[Any, ...]:
     return (inputs.data_ptr(), inputs.numel(), inputs.shape[-1], inputs._version)
 
 
-def _stations(meetings: Iterable[tuple[WeightKey, tuple[Any, ...]]], experts: dict[str, int]) -> list[Station]:
+def _stations(
+    meetings: Iterable[tuple[WeightKey, tuple[Any, ...]]], experts: dict[str, int], routed: set[WeightKey]
+) -> list[Station]:
     """Group weights by input, mark the repeated ones, and spread every run of experts over all experts."""
     meetings = _spread_experts(list(meetings), experts)
     times: dict[WeightKey, int] = {}
@@ -114,7 +120,13 @@ def _stations(meetings: Iterable[tuple[WeightKey, tuple[Any, ...]]], experts: di
         if key not in group:
             group.append(key)
     return [
-        Station(tuple(keys), repeated=times[keys[0]] > 1, all_experts=keys[0].expert == ALL) for keys in groups.values()
+        Station(
+            tuple(keys),
+            repeated=times[keys[0]] > 1,
+            all_experts=keys[0].expert == ALL,
+            routed=keys[0] in routed,
+        )
+        for keys in groups.values()
     ]
 
 

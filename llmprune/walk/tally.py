@@ -15,22 +15,34 @@ class Tally:
     """The inputs of one station, or of one expert, where a product takes all of them.
 
     statistic, held : of the batches to learn from, and of those that are held out; None where none is asked for
+    learn_from_all : without a statistic `held`, whether held-out batches go to the other one, or to none
+    tokens : all that were met, of held-out batches too
     first : the first batch's inputs (tokens, in_features)
     """
 
     def __init__(
-        self, in_features: int, device: torch.device, kind: type[Statistic] | None, *, hold_out: bool = False
+        self,
+        in_features: int,
+        device: torch.device,
+        kind: type[Statistic] | None,
+        *,
+        hold_out: bool = False,
+        learn_from_all: bool = True,
     ) -> None:
         self.statistic = kind(in_features, device) if kind else None
         self.held = kind(in_features, device) if kind and hold_out else None
+        self.learn_from_all = learn_from_all
         self.tokens = 0
         self.first: Tensor | None = None
 
     def add(self, inputs: Tensor, dense: Tensor | None, *, held_out: bool) -> None:
+        """Take in the inputs of one batch (tokens, in_features), and what the dense model has in their place."""
         if self.first is None:
             self.first = inputs
         self.tokens += len(inputs)
-        statistic = self.held if held_out and self.held is not None else self.statistic
+        statistic = self.statistic
+        if held_out and (self.held is not None or not self.learn_from_all):
+            statistic = self.held
         if statistic is not None:
             statistic.update(inputs)
             if dense is not None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from llmprune.errors import WalkError
 from llmprune.results import TunedPart
 from llmprune.walk.recorder import hidden_of
 
@@ -34,16 +36,17 @@ LEARNING_RATE = 1e-4
 """At the first step; falls along a cosine to a tenth of it."""
 
 
-def parts_of(parameters: Sequence[str]) -> dict[str, list[str]]:
+def parts_of(layer: nn.Module, parameters: Sequence[str]) -> dict[str, list[str]]:
     """The parts of a layer to tune, and the names of the pruned parameters in each.
 
-    A part is a child of the layer, such as its attention and its MLP. Where pruned weights are linears of the layer
-    itself (OPT's fc1 and fc2), the whole layer is one part, named "".
+    A part is a child of the layer, such as its attention and its MLP. The whole layer is one part, named "", where
+    pruned weights are linears of the layer itself (OPT's fc1 and fc2), or where a child is a mere list of modules,
+    which is never called (LongCat-Flash has its two attentions in one).
     """
     parts: dict[str, list[str]] = {}
     for name in parameters:
         child, _, rest = name.partition(".")
-        if "." not in rest:
+        if "." not in rest or isinstance(layer.get_submodule(child), nn.ModuleList | nn.ModuleDict):
             return {"": list(parameters)}
         parts.setdefault(child, []).append(name)
     return parts
@@ -59,11 +62,17 @@ class Part:
     """
 
     def __init__(self, layer: nn.Module, name: str, call: Callable[[nn.Module, Tensor, int], Tensor]) -> None:
-        self.layer, self.call = layer, call
+        self.layer, self.name, self.call = layer, name, call
         self.module = layer.get_submodule(name)
 
     def inputs(self, hidden: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
-        """Per batch, a call of the part with what the layer, given these hidden states, calls it with now."""
+        """Per batch, a call of the part with what the layer, given these hidden states, calls it with now.
+
+        Raises
+        ------
+        WalkError
+            if the layer does not call it.
+        """
         if self.module is self.layer:
             return [partial(self.call, self.layer, states, batch) for batch, states in enumerate(hidden)]
         calls: list[Callable[[], Tensor]] = []
@@ -76,7 +85,7 @@ class Part:
         return calls
 
     def outputs(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Per batch, what the part gives now."""
+        """Per batch, what the part gives now. Raises WalkError as `inputs`."""
         found: list[Tensor] = []
 
         def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -92,6 +101,10 @@ class Part:
                 for batch, states in enumerate(hidden):
                     with suppress(_Seen):
                         self.call(self.layer, states, batch)
+                        raise WalkError(
+                            f"it runs without calling its {self.name}, which so cannot be tuned by itself. Nothing was "
+                            "saved. To prune without tuning: --tune 0."
+                        )
         finally:
             handle.remove()
 
@@ -111,7 +124,7 @@ def tune(
     learning_rate: float = LEARNING_RATE,
     progress: Callable[[int, int], None] | None = None,
 ) -> TunedPart:
-    """Adjust `weights` in place.
+    """Adjust `weights` in place. Without a batch that is held out nothing can decide, so there are 0 passes.
 
     Parameters
     ----------
@@ -119,12 +132,17 @@ def tune(
     losses : per batch, computes how far the part is from what it should give
     held_out : batches that are not trained on but decide
     passes : over all batches that are not held out
-    dtypes : in which each parameter is stored: the result is rounded to it
-    progress : called with (steps done, steps at most)
+    dtypes : in which each parameter is stored: it is rounded to it after every step, so what is measured is what is
+        saved
+    progress : called with (steps done, of how many)
     """
-    parameters = [parameter for parameter, _ in weights]
-    masters = [parameter.detach().float().clone() for parameter in parameters]
-    masks = [mask for _, mask in weights]
+    if not held_out:
+        return TunedPart(part, 0.0, 0.0, 0)
+    adjusted = [
+        _Weight(parameter, parameter.detach().float().clone(), mask, dtype)
+        for (parameter, mask), dtype in zip(weights, dtypes, strict=True)
+    ]
+    masters = [weight.master for weight in adjusted]
     training = [batch for batch in range(len(losses)) if batch not in held_out]
     optimizer = torch.optim.Adam(masters, lr=learning_rate, betas=(0.9, 0.95), fused=True)
     steps = passes * len(training)
@@ -132,46 +150,60 @@ def tune(
 
     def measure() -> float:
         with torch.no_grad():
-            return sum(losses[batch]().item() for batch in held_out) / max(1, len(held_out))
+            return sum(losses[batch]().item() for batch in held_out) / len(held_out)
 
     first = best = measure()
     kept = [master.clone() for master in masters]
     order = torch.Generator().manual_seed(0)
     for _ in range(passes):
         for at in torch.randperm(len(training), generator=order).tolist():
-            _step(parameters, masters, masks, optimizer, losses[training[at]])
+            _step(adjusted, optimizer, losses[training[at]])
             schedule.step()
             if progress is not None:
                 progress(schedule.last_epoch, steps)
         if (now := measure()) < best:  # and not if it is NaN
             best, kept = now, [master.clone() for master in masters]
-    for parameter, master, dtype in zip(parameters, kept, dtypes, strict=True):
-        parameter.data.copy_(master.to(dtype))
+    for weight, master in zip(adjusted, kept, strict=True):
+        weight.put(master)
     return TunedPart(part, first, best, passes)
 
 
-def _step(
-    parameters: Sequence[nn.Parameter],
-    masters: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-    optimizer: torch.optim.Optimizer,
-    loss: Callable[[], Tensor],
-) -> None:
-    """One step of Adam on one batch, in float32, with masks on gradients and on weights."""
+@dataclass
+class _Weight:
+    """A parameter that is tuned, its values before rounding in float32, its mask, and the dtype it is stored in."""
+
+    parameter: nn.Parameter
+    master: Tensor
+    mask: Tensor | None
+    dtype: torch.dtype
+
+    def masked(self, values: Tensor) -> Tensor:
+        """The same tensor with what is pruned set to zero."""
+        return values if self.mask is None else values.mul_(self.mask)
+
+    def put(self, values: Tensor) -> None:
+        """Give the parameter these values, as they will be stored."""
+        self.parameter.data.copy_(values.to(self.dtype))
+
+
+def _step(weights: Sequence[_Weight], optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+    """One step of Adam on one batch, in float32, with masks on gradients and on weights.
+
+    A weight that the batch does not meet, such as an expert of its own to which no token goes, stays as it is.
+    """
+    parameters = [weight.parameter for weight in weights]
     wanted = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     with torch.enable_grad():
-        gradients = torch.autograd.grad(loss(), parameters)
+        gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
     for parameter, before in zip(parameters, wanted, strict=True):
         parameter.requires_grad_(before)
-    for master, gradient, mask in zip(masters, gradients, masks, strict=True):
-        master.grad = gradient.float() if mask is None else gradient.float().mul_(mask)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.master.grad = None if gradient is None else weight.masked(gradient.float())
     optimizer.step()
-    for parameter, master, mask in zip(parameters, masters, masks, strict=True):
-        if mask is not None:
-            master.mul_(mask)
-        parameter.data.copy_(master)
+    for weight in weights:
+        weight.put(weight.masked(weight.master))
 
 
 def distance(run: Callable[[], Tensor], target: Tensor) -> Tensor:

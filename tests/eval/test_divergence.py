@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmprune.data import Corpus
-from llmprune.errors import UserError
+from llmprune.errors import NumericError, UserError
 from llmprune.eval.divergence import DensePass
 from llmprune.eval.losses import memory_named, window_losses
 from llmprune.eval.measure import Measures, Wanted
@@ -70,6 +70,40 @@ def test_the_dense_model_may_be_gone() -> None:
     for parameter, changed in zip(model.parameters(), other.parameters(), strict=True):
         parameter.data.copy_(changed.data)
     assert dense.compare(model, windows) == expected
+
+
+class Masked(torch.nn.Linear):
+    """A head that never says some tokens, as heads do whose vocabulary was padded."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states).index_fill(-1, torch.tensor([0, 1]), -math.inf)
+
+
+def masked(model: Any) -> Any:
+    head = Masked(32, VOCABULARY, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    return model
+
+
+def test_tokens_that_the_dense_model_never_says_count_nothing() -> None:
+    dense, windows = DensePass(), random_windows().clamp_min(2)
+    other = masked(pruned(MODELS["llama"]()))
+    dense.record(masked(MODELS["llama"]()), windows)
+    _, far = dense.compare(other, windows)
+    p, q = log_chances(masked(MODELS["llama"]()), windows)[..., 2:], log_chances(other, windows)[..., 2:]
+    assert far.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    _, itself = dense.compare(masked(MODELS["llama"]()), windows)
+    assert itself.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_divergence_that_is_no_number_is_refused() -> None:
+    dense, windows = DensePass(), random_windows().clamp_min(2)
+    dense.record(MODELS["llama"](), windows)
+    other = MODELS["llama"]()
+    other.lm_head.forward = masked(MODELS["llama"]()).lm_head.forward  # rules out what the dense model does not
+    with pytest.raises(NumericError, match=r"window 1 of 5: .* is inf"):
+        dense.compare(other, windows)
 
 
 def test_both_sets_of_logits_keep_within_memory_and_the_decoder_runs_once() -> None:

@@ -41,9 +41,12 @@ def test_what_was_tuned_at_one_token_decides_the_models_path(
     timing.forget()
     packed = gpu.weights.Weight(case(gpu), torch.device("cpu")).packed
     weight = SparseWeight(packed, None)
-    tuned = [gpu.rows.Tuned(case(gpu), "mma", times={"mma:a": 3.0, "mma:b": 2.0})]
-    tuned += [gpu.rows.Tuned(case(gpu, tokens=8), "mma", times={"mma:c": 1.0})]
+    lucky = {"mma:a": 1.5, "mma:b": 2.0}  # a was fast in the search, and lost in the final
+    tuned = [gpu.rows.Tuned(case(gpu), "mma", config="mma:b", microseconds=2.0, times=lucky)]
+    tuned += [gpu.rows.Tuned(case(gpu), "gemv", config="gemv:a", microseconds=3.0, times={"gemv:a": 3.0})]
+    tuned += [gpu.rows.Tuned(case(gpu), "expand_dot")]  # all of its settings failed
+    tuned += [gpu.rows.Tuned(case(gpu, tokens=8), "mma", config="mma:c", microseconds=1.0, times={"mma:c": 1.0})]
     gpu.model.use_tuned(tuned, {(64, 128): weight})
     monkeypatch.setattr(dispatch, "has_kernel", lambda weight: True)
-    assert dispatch.choose(weight, 1, ("kernel", "mma:a", "mma:b", "mma:c", "expand", "dense")) == "mma:b"
+    assert dispatch.choose(weight, 1, ("kernel", "mma:a", "gemv:a", "mma:b", "mma:c", "dense")) == "mma:b"
     timing.forget()

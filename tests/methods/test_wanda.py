@@ -61,9 +61,18 @@ def test_weights_that_meet_only_zeros_go_first() -> None:
     assert not mask[:, [0, 1, 6, 7, 11, 15]].any()
 
 
-def test_no_input_at_all_still_gives_the_pattern() -> None:
-    solution = Wanda().prune(random_weight(5, 16), FeatureNorm(16, CPU), NM(2, 4))
-    assert (solution.mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+@each_pattern
+def test_no_input_at_all_makes_it_magnitude(pattern: Pattern) -> None:
+    weight = random_weight(9, 56) / 100
+    solution = Wanda().prune(weight, FeatureNorm(56, CPU), pattern)
+    assert torch.equal(solution.mask, Magnitude().prune(weight, None, pattern).mask)
+
+
+def test_magnitude_decides_among_weights_that_meet_only_zeros() -> None:
+    inputs = inputs_like_a_models(40, 4) * 1e-18  # as small as inputs can be for their squares to be summed
+    inputs[:, :3] = 0
+    weight = torch.tensor([[0.25, -0.5, 0.125, 0.01]])
+    assert Wanda().prune(weight, norms_of(inputs), NM(2, 4)).mask.tolist() == [[False, True, False, True]]
 
 
 def test_a_statistic_of_another_method_is_refused() -> None:

@@ -175,6 +175,13 @@ class Stubborn(nn.Module):
         return hidden
 
 
+class Undifferentiable(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.requires_grad:
+            raise RuntimeError("derivative not implemented")
+        return hidden
+
+
 class Float32Norm(nn.Module):
     """Casts to float32, as the norms of most models do."""
 
@@ -217,6 +224,33 @@ def test_where_the_order_matters_there_is_no_freedom() -> None:
 
 def test_a_layer_that_cannot_run_in_float64_has_none() -> None:
     assert find_freedoms(FeedForward(Stubborn()), call, AXES) == []
+
+
+def test_a_layer_that_cannot_be_differentiated_has_none() -> None:
+    assert find_freedoms(FeedForward(Undifferentiable()), call, AXES) == []
+
+
+MEMORY = "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(MEMORY), torch.OutOfMemoryError("CUDA out of memory.")], ids=["cpu", "gpu"]
+)
+def test_a_lack_of_memory_is_not_a_lack_of_freedom(error: RuntimeError) -> None:
+    def starving(_layer: nn.Module) -> Tensor:
+        raise error
+
+    with pytest.raises(RuntimeError, match="memory"):
+        find_freedoms(FeedForward(nn.SiLU()), starving, AXES)
+
+
+def test_a_mistake_in_the_search_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(*_: object, **__: object) -> list[object]:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("llmprune.model.freedom._layouts", mistaken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        find_freedoms(FeedForward(nn.SiLU()), call, AXES)
 
 
 def test_a_proof_fails_if_one_producer_is_forgotten_or_nothing_can_be_seen() -> None:

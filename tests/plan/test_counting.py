@@ -41,22 +41,34 @@ def test_products_in_place_and_factorings_are_counted() -> None:
     assert counter.work.factorings == pytest.approx(6**3 / 3 + 6 * 6 * 2)
 
 
-@pytest.mark.parametrize("settings", [{"method": "wanda"}, {"method": "sparsegpt"}, {"effort": "balanced"}])
-def test_a_solve_is_extrapolated(settings: dict[str, str]) -> None:
+def case_of(settings: dict[str, str], *, biased: bool = False) -> Case:
     config = PruneConfig(**settings)  # type: ignore[arg-type]
     recipe = config.recipe
-    case = Case(
+    return Case(
         recipe=recipe,
         pattern=config.pattern,
         rows=(192, 192),
         in_features=384,
         kind=recipe.statistic,
         held_out=recipe.dense_targets,
+        biased=biased,
         tokens=96,
         computed=torch.bfloat16,
         stored=torch.bfloat16,
     )
+
+
+@pytest.mark.parametrize("settings", [{"method": "wanda"}, {"method": "sparsegpt"}, {"effort": "balanced"}])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_solve_is_extrapolated(settings: dict[str, str], biased: bool) -> None:
+    case = case_of(settings, biased=biased)
     truth, found = count_case(case), extrapolated(lambda size: count_case(case.shrunk(size)), 128, 384)
     for quantity in ("products", "factorings", "moved", "peak"):
         assert getattr(found, quantity) == pytest.approx(getattr(truth, quantity), rel=0.1), quantity
     assert found.calls == pytest.approx(truth.calls, rel=0.05)
+
+
+def test_a_refit_of_biases_holds_no_second_copy_of_a_statistic() -> None:
+    plain, biased = (count_case(case_of({"effort": "balanced"}, biased=one)) for one in (False, True))
+    assert biased.moved > plain.moved
+    assert biased.peak == pytest.approx(plain.peak, rel=0.02)

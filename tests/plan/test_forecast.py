@@ -183,6 +183,12 @@ def test_an_allocation_that_measures_is_said_to_be_open(tmp_path: Path) -> None:
     assert "measures on the weights" in planned.notes[0]
 
 
+def test_levels_that_will_be_chosen_among_are_left_open_too(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"sparsity": "2:4", "budget": 0.3, "levels": ("dense", "4:8")}
+    planned = plan(save(tiny_model("llama"), tmp_path / "model"), effort="best", **settings)
+    assert "30% of all weights zero" in planned.notes[0]
+
+
 def test_the_plan_on_the_screen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

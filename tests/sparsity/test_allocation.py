@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -137,6 +138,13 @@ def test_equal_curves_get_equal_sparsity_and_steeper_ones_less() -> None:
     steep = interpolated(points, [10.0, 20.0, 40.0], 1000)
     counts = cheapest([same[0], steep], 1400, divisible=True)
     assert counts == [850, 550]
+
+
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+def test_points_that_are_no_number_are_no_part_of_a_curve(error: float) -> None:
+    assert interpolated([0.4, 0.5, 0.6], [1.0, 2.0, error], 1000) == interpolated([0.4, 0.5], [1.0, 2.0], 1000)
+    assert interpolated([0.4, 0.5], [error, 2.0], 1000) == [Level(500, pytest.approx(2.0))]
+    assert interpolated([0.4, 0.5], [error, error], 1000) == []
 
 
 def test_between_two_points_the_error_grows_exponentially() -> None:

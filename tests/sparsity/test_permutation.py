@@ -87,6 +87,12 @@ def test_blocks_that_are_not_whole_groups_stay_as_they_are(size: int) -> None:
     assert found.dropped == found.dropped_before
 
 
+def test_inputs_that_do_not_divide_into_groups_stay_as_they_are() -> None:
+    found = search(scores_of(8, 50), TWO_OF_FOUR)
+    assert found.permutation.tolist() == [list(range(50))]
+    assert found.dropped == found.dropped_before
+
+
 def test_an_order_that_cannot_be_bettered_stays() -> None:
     scores = torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(5, 8)
     found = search(scores, TWO_OF_FOUR)

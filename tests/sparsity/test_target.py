@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmprune.recipe import MeanInputs
+from llmprune.methods import Alps, Method, SparseGPT, Wanda
+from llmprune.recipe import MeanInputs, Recipe
+from llmprune.sparsity.pattern import NM
 from llmprune.sparsity.statistics import PairedHessian
 from llmprune.sparsity.target import SAMPLE, _sample, _shift, shifted_target
 from tests.methods.problems import CPU, inputs_like_a_models, random_weight
@@ -47,11 +49,75 @@ def test_the_statistic_is_what_its_text_says() -> None:
 
 def test_centred_is_the_statistic_of_centred_inputs() -> None:
     inputs, dense = changed_inputs(200, 0)
-    centred = paired(inputs + 3, dense - 1).centred()
+    centred = paired(inputs + 3, dense - 1)
+    centred.centre()
     expected = paired(inputs - inputs.mean(0), dense - dense.mean(0))
     torch.testing.assert_close(centred.matrix, expected.matrix, rtol=1e-3, atol=1e-3)
     weight = random_weight(OUT, WIDTH)
     torch.testing.assert_close(centred.missing(weight), expected.missing(weight), rtol=1e-3, atol=1e-3)
+
+
+STILL = torch.tensor([5, 20])
+
+
+def nearly_still(size: float, tokens: int, seed: int) -> PairedHessian:
+    """Of inputs of which two features are always the same, and large, as a norm without gain but with a bias has it."""
+    inputs = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed + 1000))
+    dense = inputs + 0.1 * noise
+    for features in (inputs, dense):
+        features[:, STILL] = torch.tensor([size, size / 3])
+    return paired(inputs, dense)
+
+
+@pytest.mark.parametrize("size", [30.0, 100.0, 1000.0])
+def test_a_large_feature_that_is_always_the_same_has_no_variance_once_centred(size: float) -> None:
+    centred = nearly_still(size, 10_000, 0)
+    centred.centre()
+    assert (centred.matrix[STILL] == 0).all()
+    assert (centred.norms[STILL] == 0).all()
+    assert (centred.missing(torch.eye(WIDTH))[:, STILL] == 0).all()
+    others = torch.ones(WIDTH).index_fill(0, STILL, 0)
+    torch.testing.assert_close(centred.matrix.diagonal(), others, rtol=0.1, atol=0)
+
+
+def test_what_differs_in_a_feature_that_stands_still_is_still_missed() -> None:
+    """As where the pruned model's feature is always 0, and the dense model's is not, which other inputs foretell."""
+    inputs = torch.randn(500, WIDTH, generator=torch.Generator().manual_seed(0))
+    dense = inputs.clone()
+    inputs[:, 5] = 0
+    dense[:, 5] = dense[:, 6]
+    centred = paired(inputs, dense)
+    centred.centre()
+    assert centred.missing(torch.eye(WIDTH))[5, 6] == pytest.approx(1, rel=0.2)
+
+
+@pytest.mark.parametrize("size", [30.0, 100.0, 1000.0])
+@pytest.mark.parametrize(
+    "method", [Alps(dampening_frac=0.05), SparseGPT(), Wanda()], ids=["alps", "sparsegpt", "wanda"]
+)
+def test_features_that_stand_still_are_no_trouble_where_biases_are_refitted(size: float, method: Method) -> None:
+    known, held = nearly_still(size, 10_000, 0), nearly_still(size, 2000, 1)
+    recipe = Recipe(method, dense_targets=True)
+    solved = recipe.solve(random_weight(OUT, WIDTH), known, NM(2, 4), rows=[OUT], held=held, centred=True)
+    assert torch.isfinite(solved.solution.weight).all()
+    assert (solved.solution.mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+
+
+def test_a_hessian_that_rounding_has_spoiled_gives_no_shift() -> None:
+    weight, (known, held) = random_weight(OUT, WIDTH), statistics()
+    known.upper[3, 3] = -10 * known.upper.diagonal().sum()
+    shift = shifted_target(weight, known, held, [OUT])
+    assert torch.equal(shift.target, weight)
+    assert shift.step == (0.0,)
+
+
+def test_a_gain_that_is_no_number_is_no_gain() -> None:
+    weight, (known, held) = random_weight(OUT, WIDTH), statistics()
+    held.upper[3, 3] = torch.nan
+    shift = shifted_target(weight, known, held, [OUT], learn_from_all=False)
+    assert torch.equal(shift.target, weight)
+    assert (shift.step, shift.gain) == ((0.0,), 0.0)
 
 
 def test_with_plenty_of_tokens_it_is_the_regression_on_the_dense_outputs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -13,12 +14,16 @@ from transformers.pytorch_utils import Conv1D
 
 from llmprune import recipe
 from llmprune.config import PruneConfig
-from llmprune.errors import NumericError
+from llmprune.errors import NumericError, WalkError
 from llmprune.pipeline import Watcher, loop, prune_layers
 from llmprune.results import PrunedWeight
 from llmprune.sparsity.statistics import PairedHessian
 from llmprune.sparsity.target import Shift
+from llmprune.walk.dense_path import DensePath
+from llmprune.walk.lockstep import LayerWalk
+from llmprune.walk.survey import survey_layer
 from tests.builders import tiny_model
+from tests.walk.listed_experts import model_with_listed_experts
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -126,6 +131,21 @@ def test_biases_are_refitted_and_listed() -> None:
     assert changed & result.adjusted
 
 
+@pytest.mark.parametrize("settings", [{"effort": "balanced"}, {"method": "wanda", "dense_targets": True}], ids=str)
+def test_a_model_with_large_features_that_never_change_is_pruned_as_any_other(settings: dict[str, Any]) -> None:
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        for block in model.transformer.h:
+            for norm in (block.ln_1, block.ln_2):
+                norm.weight[[5, 20]] = 0
+                norm.bias[[5, 20]] = torch.tensor([100.0, 33.0])
+    ids = torch.randint(3, 64, (64, 64), generator=torch.Generator().manual_seed(1))
+    for row in prune_layers(model, ids, PruneConfig(**settings), device=CPU).weights:
+        weight = model.get_parameter(row.parameter)
+        assert torch.isfinite(weight).all()
+        assert row.zeros == weight.numel() // 2
+
+
 def test_one_window_is_too_few_to_choose_a_step() -> None:
     rows = prune_layers(spread(tiny_model("llama")), IDS[:1], CONFIG, device=CPU).weights
     assert all(row.step is None for row in rows)
@@ -152,3 +172,42 @@ def test_an_error_in_the_dense_run_is_told_with_its_layer() -> None:
         model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
     with pytest.raises(NumericError, match="layer"):
         prune_layers(model, IDS, CONFIG, device=CPU)
+
+
+def test_experts_in_a_list_of_modules_are_not_compared(compared: list[tuple[Tensor, Tensor]]) -> None:
+    """The pruned router sends other tokens to them than the dense one: attention and router only have a pair."""
+    model = spread(model_with_listed_experts())
+    rows = prune_layers(model, IDS, PruneConfig(), device=CPU).weights
+    assert len(compared) == 2 * 3 * len(IDS)
+    assert all(len(inputs) == len(dense) == IDS.shape[1] for inputs, dense in compared)
+    assert {row.step is None for row in rows if "experts" in row.name} == {True}
+    assert {row.step is None for row in rows if "self_attn" in row.name} == {False}
+
+
+class Chosen(nn.Module):
+    """Its second linear takes those tokens only for which the first one gives a positive first feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        tokens = self.first(hidden).flatten(0, 1)
+        mine = tokens[:, 0] > 0
+        return hidden.flatten(0, 1).index_add(0, mine.nonzero().flatten(), self.second(tokens[mine])).view_as(hidden)
+
+
+def test_tokens_chosen_behind_the_surveys_back_stop_the_walk_with_a_sentence() -> None:
+    """The first window's tokens were all chosen, so its survey takes the linear for one that all tokens meet."""
+    layer, generator = Chosen(), torch.Generator().manual_seed(0)
+    hidden = [layer.first.weight[:1].repeat(9, 1)[None], torch.randn(1, 9, 8, generator=generator)]
+    hidden = [states.detach() for states in hidden]
+    names = ["first.weight", "second.weight"]
+    schedule, _ = survey_layer(layer, lambda m: m(hidden[0]), names)
+    call: Any = lambda m, h, _b: m(h)  # noqa: E731
+    with closing(DensePath(layer, list(hidden), call, schedule, capacity=9)) as dense:
+        walk = iter(LayerWalk(layer, list(hidden), call, schedule, kind=PairedHessian, capacity=9, dense=dense))
+        next(walk).weights[0][0] = torch.eye(8)[7]
+        with pytest.raises(WalkError, match="no-dense-targets"):
+            next(walk)

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from llmprune.config import PruneConfig
-from llmprune.pipeline import prune_layers
+from llmprune.errors import WalkError
+from llmprune.pipeline import loop, prune_layers
 from llmprune.results import TunedPart
+from llmprune.walk.lockstep import Group
 from llmprune.walk.tuning import Part, distance, parts_of, tune
-from tests.builders import tiny_model
+from tests.builders import FAMILIES, tiny_model
+from tests.walk.listed_experts import model_with_listed_experts
 from tests.walk.test_dense_path import CPU, IDS, spread
 
 
@@ -87,8 +91,9 @@ def test_bfloat16_weights_are_tuned_in_float32_and_stored_as_they_were() -> None
 
 def test_parts_are_children_of_the_layer_or_the_layer() -> None:
     names = ["attn.q.weight", "attn.o.weight", "mlp.experts.up", "mlp.experts.down"]
-    assert parts_of(names) == {"attn": names[:2], "mlp": names[2:]}
-    assert parts_of(["self_attn.q.weight", "fc1.weight"]) == {"": ["self_attn.q.weight", "fc1.weight"]}
+    layer = nn.ModuleDict({"attn": nn.Module(), "mlp": nn.Module(), "fc1": nn.Linear(2, 2)})
+    assert parts_of(layer, names) == {"attn": names[:2], "mlp": names[2:]}
+    assert parts_of(layer, ["attn.q.weight", "fc1.weight"]) == {"": ["attn.q.weight", "fc1.weight"]}
 
 
 class Half(nn.Module):
@@ -114,6 +119,14 @@ def problem() -> tuple[Half, Half, list[Tensor], dict[str, Tensor]]:
         weight.data.mul_(masks[name])
     generator = torch.Generator().manual_seed(1)
     return dense, pruned, [torch.randn(1, 20, 8, generator=generator) for _ in range(8)], masks
+
+
+def one_expert_a_token() -> Any:
+    """A mixture whose windows often miss an expert."""
+    config: Any = FAMILIES["qwen3_moe"]()
+    config.num_experts_per_tok = 1
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def run_tune(passes: int, learning_rate: float, held_out: frozenset[int] = frozenset({7})) -> Any:
@@ -192,3 +205,98 @@ def test_other_parameters_get_no_gradient_and_flags_stay() -> None:
     before = problem()[1]
     assert torch.equal(pruned.get_parameter("inner.0.bias"), before.get_parameter("inner.0.bias"))
     assert all(parameter.grad is None and parameter.requires_grad for parameter in pruned.parameters())
+
+
+class Pair(nn.Module):
+    """A layer whose attention and MLP are pairs in lists, as LongCat-Flash has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mlps = nn.ModuleList(Half() for _ in range(2))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.mlps[1](self.mlps[0](hidden))  # type: ignore[no-any-return]
+
+
+def test_a_layer_with_a_list_of_modules_is_one_part_called_once_a_batch() -> None:
+    layer, hidden = Pair(), [torch.randn(1, 5, 8) for _ in range(3)]
+    names = [name for name, _ in layer.named_parameters()]
+    parts = parts_of(layer, names)
+    assert parts == {"": names}
+    part = Part(layer, "", lambda m, h, _b: m(h))
+    assert len(part.inputs(hidden)) == len(part.outputs(hidden)) == 3
+
+
+def test_a_part_that_is_not_called_is_an_error() -> None:
+    part = Part(Pair(), "mlps", lambda m, h, _b: m(h))
+    for ask in (part.inputs, part.outputs):
+        with pytest.raises(WalkError, match="--tune 0"):
+            ask([torch.randn(1, 5, 8)])
+
+
+def test_without_a_held_out_batch_nothing_decides_so_nothing_is_tuned() -> None:
+    part, pruned, _ = run_tune(5, 1e-2, held_out=frozenset())
+    _, before, _, _ = problem()
+    assert part.passes == 0
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), before.parameters(), strict=True))
+
+
+def test_what_is_measured_is_what_is_stored() -> None:
+    """Computed in float32, stored in bfloat16: the held-out batch sees rounded weights only."""
+    weight, seen = nn.Parameter(torch.randn(4, 4).bfloat16().float()), []
+
+    def held() -> Tensor:
+        seen.append(weight.detach().clone())
+        return weight.square().sum()
+
+    losses = [lambda: weight.square().sum(), held]
+    more: Any = {"held_out": frozenset({1}), "passes": 3, "dtypes": [torch.bfloat16], "learning_rate": 1e-2}
+    part = tune("inner", [(weight, None)], losses, **more)
+    assert all(torch.equal(value, value.bfloat16().float()) for value in seen)
+    assert part.after == weight.square().sum().item() < part.before
+
+
+@pytest.mark.parametrize("make", [one_expert_a_token, model_with_listed_experts])
+def test_the_next_layer_gets_what_the_tuned_layer_gives(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for windows that were through the layer before the last expert, which they do not meet, was pruned."""
+    entered: dict[int, list[Tensor]] = {}
+    real = loop._Loop._walk_through
+
+    def watched(self: Any, layer: nn.Module, index: int, *args: Any, **more: Any) -> Any:
+        entered[index] = [states.clone() for states in self.pruned.hidden]
+        done = real(self, layer, index, *args, **more)
+        with torch.no_grad():
+            again = [loop.caller(self.pruned, index)(layer, *pair[::-1]) for pair in enumerate(entered[index])]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(self.pruned.hidden, again, strict=True))
+        return done
+
+    monkeypatch.setattr(loop._Loop, "_walk_through", watched)
+    ids = torch.arange(3, 11)[:, None].repeat(1, 8)  # one and the same token: to few experts
+    ids[0] = torch.arange(3, 11)
+    result = prune_layers(make(), ids, PruneConfig(method="wanda", tune=1), device=CPU)
+    assert any(part.after < part.before for part in result.tuned)
+    assert len(entered) == 2
+
+
+@pytest.mark.parametrize("tune", [0, 1])
+@pytest.mark.parametrize("make", [partial(tiny_model, "qwen3_moe"), model_with_listed_experts])
+def test_experts_learn_from_windows_that_nothing_is_decided_on(
+    tune: int, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every expert, the statistic it is solved with has as many tokens as it met in the other windows."""
+    learned: list[tuple[float, int]] = []
+    real = loop.prune_group
+
+    def noted(group: Group, *args: Any, **more: Any) -> Any:
+        if "experts" in str(group.keys[0]) and not group.notes and group.statistic is not None:
+            learned.append((group.statistic.tokens, group.tokens))
+        yield from real(group, *args, **more)
+
+    monkeypatch.setattr(loop, "prune_group", noted)
+    ids = torch.randint(3, 64, (16, 32), generator=torch.Generator().manual_seed(0))
+    prune_layers(make(), ids, PruneConfig(method="wanda", tune=tune), device=CPU)
+    assert learned
+    assert all(tokens <= met for tokens, met in learned)
+    shares = [tokens / met for tokens, met in learned]
+    assert (sum(shares) / len(shares) < 0.95) if tune else set(shares) == {1.0}
