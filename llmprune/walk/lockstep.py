@@ -341,8 +341,8 @@ class LayerWalk:
         dense = self.dense.inputs_at(run.batch, at) if self.dense is not None and station.comparable else None
         if dense is not None and len(dense) != len(product.inputs):
             raise WalkError(
-                f"{product.key} met {len(product.inputs)} tokens, but in the dense model {len(dense)}, and the first window "
-                "did not show it. Nothing was saved. To prune without the dense model's inputs: --no-dense-targets."
+                f"{product.key} met {len(product.inputs)} tokens, but in the dense model {len(dense)}, which the first "
+                "window did not show. Nothing was saved. To prune without the dense model's inputs: --no-dense-targets."
             )
         for key, inputs in zip(keys, product.inputs if station.all_experts else [product.inputs], strict=True):
             # An expert that is multiplied with every token has zeros for those that were not sent to it.
