@@ -181,20 +181,14 @@ def test_distillation_changes_nothing_else() -> None:
 
 @pytest.mark.parametrize("step", [{"dense_targets": True}, {"tune": 2}, {"distill": 2}, {"effort": "best"}])
 def test_a_single_batch_is_not_paid_for_twice_and_that_is_said(step: dict[str, Any]) -> None:
-    """None can be held out to decide: what is left is the method."""
-    said: list[str] = []
-
-    class Listening(Watcher):
-        def say(self, sentence: str) -> None:
-            said.append(sentence)
-
+    """None can be held out to decide: what is left is the method, and the report says so."""
     settings: dict[str, Any] = {"batch_size": len(IDS), **({} if "effort" in step else {"method": "wanda"}), **step}
     config = PruneConfig(**settings)
-    result = prune_layers(spread(tiny_model("llama")), IDS, config, device=CPU, watcher=Listening())
+    result = prune_layers(spread(tiny_model("llama")), IDS, config, device=CPU)
     assert not result.tuned
     assert all(row.step is None for row in result.weights)
-    assert len(said) == 1
-    assert "smaller --batch-size" in said[0]
+    assert len(result.notes) == 1
+    assert "smaller --batch-size" in result.notes[0]
 
 
 def test_what_the_dense_model_predicts_is_not_rounded_to_its_dtype() -> None:

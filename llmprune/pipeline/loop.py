@@ -121,9 +121,9 @@ def prune_layers(
         return result
     batches = list(windows.split(config.batch_size))
     if len(batches) == 1 and (config.recipe.dense_targets or config.tune or config.distill):
-        watcher.say(
-            "All calibration windows are in one batch, so none can be held out: no dense targets, no tuning, no "
-            "distillation. Give more --num-samples or a smaller --batch-size."
+        result.notes.append(
+            "all calibration windows are in one batch, so none can be held out: no dense targets, no tuning, no "
+            "distillation; give more --num-samples or a smaller --batch-size"
         )
     with walkable(model):
         wanted = _predictions(model, batches, device, watcher) if config.distill and len(batches) > 1 else []
