@@ -25,6 +25,7 @@ from llmprune.eval.tasks import TASKS
 from llmprune.eval.zero_shot import ZeroShot, check_zero_shot
 from llmprune.machine import device_named
 from llmprune.model import Loaded, check_model, load
+from llmprune.options import ModelNamed
 from llmprune.results import recovery
 
 __all__ = [
@@ -157,7 +158,7 @@ def wanted_by(
     return Wanted(corpora, **{**options, "seq_len": seq_len})
 
 
-@click.command(help="Perplexity of a model, and how far it is from the dense one; zero-shot tasks.")
+@click.command(cls=ModelNamed, help="Perplexity of a model, and how far it is from the dense one; zero-shot tasks.")
 @click.option("--model", "model_id", required=True, help="Hub id, folder or GGUF file.")
 @click.option("--revision", help="Branch, tag or commit of the model.")
 @click.option("--against", metavar="DENSE", help="The dense model, to compare with: hub id, folder or GGUF file.")

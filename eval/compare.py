@@ -14,7 +14,6 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -38,7 +37,7 @@ from llmprune.eval.perplexity import CPU_TOKENS, Perplexity
 from llmprune.eval.versions import versions
 from llmprune.eval.zero_shot import ZeroShot
 from llmprune.machine import device_named, give_back_memory
-from llmprune.results import recovery
+from llmprune.results import recovery, told_apart
 
 __all__ = ["command", "main"]
 
@@ -58,11 +57,6 @@ class Column:
 
     name: str
     measured: Measured
-
-    @property
-    def title(self) -> str:
-        """A name that fits above a column."""
-        return Path(self.name).name or self.name
 
 
 @click.command(
@@ -133,8 +127,9 @@ def _table(found: Sequence[Column], width: int) -> Table:
     names, *widths = _widths(rows)
     fits = _taken(rows) - names + _NAME <= width
     table = Table("")
-    for column, characters in zip(found, widths, strict=True):
-        table.add_column(escape(column.title), min_width=characters if fits else None)
+    titles = told_apart([column.name for column in found])
+    for title, characters in zip(titles, widths, strict=True):
+        table.add_column(escape(title), min_width=characters if fits else None)
     for row in rows:
         table.add_row(*row)
     return table
@@ -186,8 +181,8 @@ def _show_generations(console: Console, found: Sequence[Column], options: dict[s
     for index, first in enumerate(found[1].measured.generations):
         console.print(f"\nprompt: {first.prompt!r}", style="bold", **options)
         texts = [first.dense, *[column.measured.generations[index].pruned for column in found[1:]]]
-        for column, text in zip(found, texts, strict=True):
-            console.print(f"{column.title}: {text!r}", **options)
+        for title, text in zip(told_apart([column.name for column in found]), texts, strict=True):
+            console.print(f"{title}: {text!r}", **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import click
 from llmprune import __version__
 from llmprune.distributed.launch import leave, rank_in_environment, told_by_others
 from llmprune.errors import HubError, LlmpruneError, UserError
-from llmprune.options import Titled, grouped, read_config, typed_first
+from llmprune.options import Titled, cured, evaluation_options, grouped, model_misplaced, read_config, typed_first
 
 __all__ = ["main"]
 
@@ -77,6 +77,15 @@ class Root(Titled, click.Group):
             found: click.Command = command if isinstance(command, click.Command) else command(self.params)
             return found
         return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; where a model stands in the place of a verb, with the cure."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            raise cured(error, model_misplaced(args[0])) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of verbs in the help text, without loading them."""
@@ -306,7 +315,7 @@ def _prune(options: dict[str, Any]) -> None:
     from llmprune.machine import keep_memory_together
 
     keep_memory_together()
-    quiet, as_json, no_eval = (options.pop(name) for name in ("quiet", "as_json", "no_eval"))
+    quiet, as_json = options.pop("quiet"), options.pop("as_json")
 
     def show(result: Any) -> None:
         if as_json:
@@ -318,7 +327,7 @@ def _prune(options: dict[str, Any]) -> None:
         quiet, as_json = quiet or not team.leads, as_json and team.leads
         try:
             with observer_for(quiet=quiet) as observer:
-                result = _run(options, no_eval=no_eval, observer=observer, team=team)
+                result = _run(options, observer=observer, team=team)
         except HubError as error:  # the work is done and saved: show it before saying what went wrong
             if error.result is not None:
                 show(error.result)
@@ -326,17 +335,13 @@ def _prune(options: dict[str, Any]) -> None:
     show(result)
 
 
-def _run(options: dict[str, Any], *, no_eval: bool, observer: Any, team: Any) -> Any:
+def _run(options: dict[str, Any], *, observer: Any, team: Any) -> Any:
     from llmprune.config import EvaluationConfig, PruneConfig
     from llmprune.job import Job, run, stoppable
 
-    def take(kind: Any) -> dict[str, Any]:
-        return {name: options.pop(name) for name in kind.__dataclass_fields__ if name in options}
-
     typed_first(options)
-    config, evaluation = take(PruneConfig), take(EvaluationConfig)
-    if no_eval:
-        evaluation |= {"eval_dataset": (), "eval_tasks": ()}
+    evaluation = evaluation_options(options)
+    config = {name: options.pop(name) for name in PruneConfig.__dataclass_fields__ if name in options}
     job = Job(
         config=PruneConfig(**config),
         evaluation=EvaluationConfig(**evaluation),

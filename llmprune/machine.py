@@ -54,7 +54,9 @@ def device_named(written: str | None, *, place: int | None = None) -> torch.devi
     try:
         device = torch.empty(0, device=written).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device {written} cannot be used: {str(error).splitlines()[0]}") from error
+        cure = "cuda needs a build of torch for CUDA; " if written.startswith("cuda") and not torch.version.cuda else ""
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {written} cannot be used: {reason}. {cure}--device cpu always works.") from error
     if device.type == "meta":
         raise UserError("--device is one that computes, such as cpu or cuda:1; got meta, which holds shapes only.")
     return device

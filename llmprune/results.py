@@ -5,11 +5,12 @@ They hold no tensors, so that they outlive the model, and become JSON by `datacl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["PrunedWeight", "SkippedWeight", "TunedPart", "percent_with_error", "recovery", "with_error"]
+__all__ = ["PrunedWeight", "SkippedWeight", "TunedPart", "percent_with_error", "recovery", "told_apart", "with_error"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,16 @@ def recovery(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> float | Non
     if dense.get("kind", "perplexity") == "perplexity":  # reports of schema 1 hold perplexities only, and no kind
         part, whole = whole, part
     return 100 * part / whole if whole else None
+
+
+def told_apart(models: Sequence[str | Path]) -> list[str]:
+    """Short names for several models, hub ids or folders: the shortest ends of their paths that differ."""
+    whole = [Path(model).resolve().parts if Path(model).exists() else Path(model).parts for model in models]
+    for length in range(1, max(map(len, whole)) + 1):
+        ends = ["/".join(parts[-length:]) for parts in whole]
+        if len(set(ends)) == len(ends):
+            return ends
+    return [f"{parts[-1]} ({index})" for index, parts in enumerate(whole, start=1)]
 
 
 def with_error(value: float, error: float | None) -> str:

@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "report": {"errors", "results"},
     "checkpoint": {"errors", "results", "config", "sparsity", "model", "report"},
-    "eval": {"errors", "results", "data", "model", "machine"},
+    "eval": {"errors", "results", "data", "model", "machine", "options"},
     "runtime": {"errors", "sparsity", "model", "machine", "triton_kernels"},
 }
 # The rows that follow stand on everything before them, and nothing before them knows what a person sees.

@@ -121,11 +121,12 @@ def _admm(
     """The state S (in_features, out_features) when the mask rests, or after so many steps."""
     state = problem.target * keep
     inverse = _inverse(problem.matrix, penalty, out=torch.empty_like(problem.matrix))
+    product = problem.matrix @ problem.target  # B
     before, kept = keep, pooled(keep.sum()).item()
     chosen, pulled = torch.empty_like(state), torch.empty_like(state)  # once: new memory costs as much as a step
     for step in range(1, steps + 1):
         torch.mul(state, chosen.copy_(keep), out=chosen)  # Z
-        torch.add(problem.product, state, alpha=-penalty, out=pulled).add_(chosen, alpha=2 * penalty)  # B + ρ(Z − U)
+        torch.add(product, state, alpha=-penalty, out=pulled).add_(chosen, alpha=2 * penalty)  # B + ρ(Z − U)
         state.sub_(chosen).addmm_(inverse, pulled)  # U + Y
         keep = choice.quick(state)
         if step % PATIENCE or step == steps:

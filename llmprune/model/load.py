@@ -174,6 +174,10 @@ def located(name: str, revision: str | None, dtype: str) -> Path:
     elif not path.is_dir() and (path.is_absolute() or name.startswith(".") or path.exists()):
         what = "is a file, not a directory or .gguf file" if path.exists() else "does not exist"
         raise UserError(f"--model is a hub id, a directory or a .gguf file; {name} {what}.")
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"--model: the directory {name} holds no config.json; give one made by save_pretrained, or a hub id."
+        )
     return path
 
 

@@ -11,7 +11,7 @@ import click
 
 from llmprune.config import EvaluationConfig, PruneConfig
 from llmprune.machine import keep_memory_together
-from llmprune.options import Titled, typed_first
+from llmprune.options import ModelNamed, Titled, evaluation_options, typed_first
 from llmprune.plan.overview import Request, forecast
 from llmprune.plan.show import show_forecast
 
@@ -34,21 +34,20 @@ def command(options: Sequence[click.Parameter]) -> click.Command:
     taken = [option for option in options if option.name in TAKEN | also]
     every = click.Option(["--all", "every"], is_flag=True, help="A line for every weight, equal ones not folded.")
     as_json = click.Option(["--json", "as_json"], is_flag=True, help="Print everything as JSON on standard output.")
-    return Titled("plan", params=[*taken, every, as_json], callback=_plan, help=HELP)
+    return _Plan("plan", params=[*taken, every, as_json], callback=_plan, help=HELP)
 
 
-def _plan(*, no_eval: bool, every: bool, as_json: bool, **options: Any) -> None:
+class _Plan(ModelNamed, Titled):
+    """Its options under headings, and its model behind one of them."""
+
+
+def _plan(*, every: bool, as_json: bool, **options: Any) -> None:
     keep_memory_together()
-
-    def take(kind: Any) -> dict[str, Any]:
-        return {f.name: options.pop(f.name) for f in fields(kind) if f.name in options}
-
     if options["model"] is None:
         raise click.UsageError("--model is missing: a hub id (gpt2), a directory, a .gguf file, or demo.")
     typed_first(options)
-    config, evaluation = take(PruneConfig), take(EvaluationConfig)
-    if no_eval:
-        evaluation["eval_dataset"] = ()
+    evaluation = evaluation_options(options)
+    config = {f.name: options.pop(f.name) for f in fields(PruneConfig) if f.name in options}
     plan = forecast(Request(config=PruneConfig(**config), evaluation=EvaluationConfig(**evaluation), **options))
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=2, default=str))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from llmprune.errors import UserError
@@ -18,6 +17,7 @@ from llmprune.report.measures import Measure, Value, measures_of
 from llmprune.report.page import Drawn, drawn, fill
 from llmprune.report.palette import RUNS
 from llmprune.report.words import as_bytes, as_duration, as_figure, as_percent, as_setting
+from llmprune.results import told_apart
 
 __all__ = ["COMPARISON", "comparison_page"]
 
@@ -55,7 +55,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
     if len(runs) > _MOST_RUNS:
         raise UserError(f"a page compares at most {_MOST_RUNS} runs; got {len(runs)}: give fewer directories.")
     told = []
-    for index, label in enumerate(_labels([run.directory for run in runs])):
+    for index, label in enumerate(told_apart([run.directory for run in runs])):
         with damage_told(runs[index]):
             told.append(_told(runs[index], index, label))
     return fill("comparison.html.j2", **_context(told))
@@ -87,16 +87,6 @@ def _told(run: Run, index: int, label: str) -> _Told:
         notes=document["notes"],
         command=document["command"],
     )
-
-
-def _labels(directories: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ."""
-    whole = [directory.resolve().parts for directory in directories]
-    for length in range(1, max(map(len, whole)) + 1):
-        ends = ["/".join(parts[-length:]) for parts in whole]
-        if len(set(ends)) == len(ends):
-            return ends
-    return [f"{parts[-1]} ({index})" for index, parts in enumerate(whole, start=1)]
 
 
 def _context(told: list[_Told]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _inverses(matrix: Tensor, m: int, choices: Tensor) -> Tensor:
 def _sweep(problem: LeastSquares, solution: Tensor, keep: Tensor, choices: Tensor, inverses: Tensor) -> None:
     """Once over all groups; changes `solution` and `keep`, both (in_features, out_features)."""
     matrix, m = problem.matrix, len(problem.matrix) // len(inverses)
-    residual = problem.product - matrix @ solution
+    residual = matrix @ (problem.target - solution)
     size = -(-BLOCK // m) * m
     for first in range(0, len(matrix), size):
         block = slice(first, min(first + size, len(matrix)))

@@ -31,13 +31,11 @@ class LeastSquares:
     matrix : (in_features, in_features), H with a unit diagonal
     scale : (in_features,), the roots of H's diagonal
     target : (in_features, out_features), Tᵀ times the scale
-    product : (in_features, out_features), matrix @ target
     """
 
     matrix: Tensor
     scale: Tensor
     target: Tensor
-    product: Tensor
 
     @classmethod
     def of(cls, target: Tensor, hessian: Tensor, dampening_frac: float) -> LeastSquares:
@@ -53,8 +51,7 @@ class LeastSquares:
         scale = matrix.diagonal().sqrt()
         matrix /= scale
         matrix /= scale[:, None]
-        scaled = _scaled(target, scale)
-        return cls(matrix, scale, scaled, matrix @ scaled)
+        return cls(matrix, scale, _scaled(target, scale))
 
     def to_scaled(self, weight: Tensor) -> Tensor:
         """(out_features, in_features) → (in_features, out_features)."""
@@ -71,10 +68,10 @@ class LeastSquares:
         ----------
         keep : (in_features, out_features) bool
         start : (in_features, out_features), 0 where not kept
-        steps : at most so many; each is one product with `matrix`
+        steps : at most so many; each is one product with `matrix`, and the start is one more
         """
         solution = start.clone()
-        residual = self.product.addmm(self.matrix, start, alpha=-1).mul_(keep)
+        residual = (self.matrix @ (self.target - start)).mul_(keep)
         direction, size = residual.clone(), residual.square().sum(0)
         first = size.clone()
         image = torch.empty_like(direction)

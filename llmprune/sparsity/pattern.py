@@ -107,6 +107,8 @@ def parse_pattern(text: str | float | Pattern) -> Pattern:
         raise UserError(
             f"sparsity is a fraction (0.5), a percentage (50%) or N:M, N kept of every M (2:4); got {written!r}."
         ) from None
+    if percent and not 0 < number < 1:
+        raise UserError(f"sparsity in per cent is the share of zeros, more than 0% and less than 100%; got {written}.")
     if number >= 1 and not percent:
         raise UserError(
             f"sparsity is a fraction below 1, a percentage (50%) or N:M (2:4); got {written}. "

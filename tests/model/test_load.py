@@ -119,6 +119,11 @@ def test_a_model_that_cannot_be_had_costs_one_sentence(name: str, expected: str)
     assert "\n" not in str(caught.value)
 
 
+def test_a_directory_without_a_model_costs_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no config\.json; give one made by save_pretrained"):
+        load(str(tmp_path))
+
+
 def test_a_damaged_checkpoint_costs_one_sentence(tmp_path: Path) -> None:
     checkpoint("gpt2", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor")

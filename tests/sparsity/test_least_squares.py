@@ -101,4 +101,3 @@ def test_scaled_and_back_is_the_same() -> None:
     problem = LeastSquares.of(weight, hessian_of(inputs).matrix, 0.01)
     assert torch.allclose(problem.matrix.diagonal(), torch.ones(56))
     assert torch.allclose(problem.from_scaled(problem.to_scaled(weight)), weight, rtol=1e-6)
-    assert torch.allclose(problem.product, problem.matrix @ problem.target)

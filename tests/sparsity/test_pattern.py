@@ -49,12 +49,18 @@ def test_a_percentage_without_its_sign_is_not_guessed() -> None:
 
 @pytest.mark.parametrize(
     ("written", "got"),
-    [("0", "0"), ("-0.5", "-0.5"), ("0%", "0"), ("100%", "1"), ("150%", "1.5"), ("-5%", "-0.05"), ("nan", "nan")],
+    [("0", "0"), ("-0.5", "-0.5"), ("nan", "nan")],
 )
 def test_a_sparsity_lies_between_0_and_1(written: str, got: str) -> None:
     with pytest.raises(
         UserError, match=rf"lies between 0 and 1, both excluded; got {got}\. Write 0\.5 or 50% for half"
     ):
+        parse_pattern(written)
+
+
+@pytest.mark.parametrize("written", ["0%", "100%", "150%", "-5%"])
+def test_a_percentage_lies_between_0_and_100(written: str) -> None:
+    with pytest.raises(UserError, match=f"more than 0% and less than 100%; got {written}"):
         parse_pattern(written)
 
 
