@@ -150,7 +150,7 @@ scale_option = grouped("Large models and long runs")
 @pattern_option(
     "--dampening-frac",
     type=float,
-    help="Added to a Hessian's diagonal, as a fraction of its mean.  [default: 0.05; 0.01 with --method]",
+    help="Added to a Hessian's diagonal, as a fraction of its mean.  [default: 0.05; effort fast and --method: 0.01]",
 )
 @pattern_option(
     "--ignore",

@@ -34,7 +34,7 @@ NO_STEPS: dict[str, Any] = {
 """A method as its paper has it."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": NO_STEPS | {"method": "alps", "admm_steps": 0, "refit": 3, "dampening_frac": 0.05},
+    "fast": NO_STEPS | {"method": "alps", "admm_steps": 0, "refit": 3},
     "balanced": NO_STEPS | {"method": "alps", "permute": True, "dense_targets": True, "dampening_frac": 0.05},
     "best": NO_STEPS
     | {

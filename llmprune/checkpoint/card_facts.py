@@ -99,6 +99,7 @@ class CardFacts:
             "calibration": self._calibration(),
             "revision": self.report.source.get("revision"),
             "made_with": self._made_with(),
+            "reordered": self.config.get("permute") and not any("permute did" in note for note in self.report.notes),
             "licence_told": self._licence_told(),
         }
 

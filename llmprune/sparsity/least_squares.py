@@ -23,6 +23,10 @@ __all__ = ["LeastSquares", "damped", "refit"]
 
 _TINY = 1e-30
 
+BEYOND = 0.75
+"""A step of that share of the last one's length brings nearly what a step of the right length would: on layers of
+SmolLM2-135M 98 % of what a fourth makes of three, and one row in a thousand ends with a larger error than without."""
+
 
 @dataclass(frozen=True)
 class LeastSquares:
@@ -61,29 +65,35 @@ class LeastSquares:
         """(in_features, out_features) → (out_features, in_features), contiguous."""
         return (scaled / self.scale[:, None]).T.contiguous()
 
-    def solve_on(self, keep: Tensor, start: Tensor, steps: int) -> Tensor:
-        """Conjugate gradients on the kept entries; never worse than `start`, but for rounding.
+    def solve_on(self, keep: Tensor, start: Tensor, steps: int, *, beyond: bool = False) -> Tensor:
+        """Conjugate gradients on the kept entries; never worse than `start`, but for rounding and `beyond`.
 
         Parameters
         ----------
         keep : (in_features, out_features) bool
         start : (in_features, out_features), 0 where not kept
         steps : at most so many; each is one product with `matrix`, and the start is one more
+        beyond : go on along the next direction too, without the product that would say how far: `BEYOND` times as far
+            as the step before. Not after a single step, whose length says too little.
         """
         solution = start.clone()
         residual = (self.matrix @ (self.target - start)).mul_(keep)
         direction, size = residual.clone(), residual.square().sum(0)
         first = size.clone()
         image = torch.empty_like(direction)
-        for _ in range(steps):
+        for left in range(steps, 0, -1):
             torch.mm(self.matrix, direction, out=image).mul_(keep)
             step = size / (direction * image).sum(0).clamp_min_(_TINY)
             # Columns that are solved to the last digit stop, or rounding would make them wander.
             step.masked_fill_(size <= 1e-12 * first, 0)
             solution.addcmul_(direction, step)
+            if left == 1 and not (beyond and steps > 1):
+                break
             residual.addcmul_(image, step, value=-1)
             before, size = size, residual.square().sum(0)
             direction.mul_(size / before.clamp_min(_TINY)).add_(residual)
+        if beyond and steps > 1:
+            solution.addcmul_(direction, step.mul_(BEYOND))
         return solution
 
 

@@ -35,6 +35,10 @@ __all__ = ["Part", "distance", "parts_of", "tune"]
 LEARNING_RATE = 1e-4
 """At the first step; falls along a cosine to a tenth of it."""
 
+SCALE = 2.0**14
+"""Losses are multiplied by this, and gradients divided by it, where weights are float16: of its numbers none is smaller
+than 6e-8, which most gradients would be (Micikevicius et al., 2018, https://arxiv.org/abs/1710.03740)."""
+
 
 def parts_of(layer: nn.Module, parameters: Sequence[str]) -> dict[str, list[str]]:
     """The parts of a layer to tune, and the names of the pruned parameters in each.
@@ -155,12 +159,15 @@ def tune(
     first = best = measure()
     kept = [master.clone() for master in masters]
     order = torch.Generator().manual_seed(0)
-    for _ in range(passes):
-        for at in torch.randperm(len(training), generator=order).tolist():
-            _step(adjusted, optimizer, losses[training[at]])
-            schedule.step()
+    scale = SCALE if any(parameter.dtype == torch.float16 for parameter, _ in weights) else 1.0
+    for again in range(passes):
+        for done, at in enumerate(torch.randperm(len(training), generator=order).tolist(), start=1):
+            if _step(adjusted, optimizer, losses[training[at]], scale):
+                schedule.step()
+            else:
+                scale /= 2
             if progress is not None:
-                progress(schedule.last_epoch, steps)
+                progress(again * len(training) + done, steps)
         if (now := measure()) < best:  # and not if it is NaN
             best, kept = now, [master.clone() for master in masters]
     for weight, master in zip(adjusted, kept, strict=True):
@@ -186,8 +193,11 @@ class _Weight:
         self.parameter.data.copy_(values.to(self.dtype))
 
 
-def _step(weights: Sequence[_Weight], optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
-    """One step of Adam on one batch, in float32, with masks on gradients and on weights.
+def _step(
+    weights: Sequence[_Weight], optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], scale: float
+) -> bool:
+    """One step of Adam on one batch, in float32, with masks on gradients and on weights; none, and False, if a gradient
+    is not finite: Adam would never forget it.
 
     A weight that the batch does not meet, such as an expert of its own to which no token goes, stays as it is.
     """
@@ -196,14 +206,18 @@ def _step(weights: Sequence[_Weight], optimizer: torch.optim.Optimizer, loss: Ca
     for parameter in parameters:
         parameter.requires_grad_(True)
     with torch.enable_grad():
-        gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(loss() * scale, parameters, allow_unused=True)
     for parameter, before in zip(parameters, wanted, strict=True):
         parameter.requires_grad_(before)
     for weight, gradient in zip(weights, gradients, strict=True):
-        weight.master.grad = None if gradient is None else weight.masked(gradient.float())
+        weight.master.grad = None if gradient is None else weight.masked(gradient.float() / scale)
+    met = [weight.master.grad.sum() for weight in weights if weight.master.grad is not None]
+    if met and not torch.stack(met).isfinite().all():
+        return False
     optimizer.step()
     for weight in weights:
         weight.put(weight.masked(weight.master))
+    return True
 
 
 def distance(run: Callable[[], Tensor], target: Tensor) -> Tensor:

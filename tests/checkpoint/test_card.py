@@ -130,6 +130,14 @@ def test_what_was_done_what_is_zero_and_how_to_load_it(report: Report, saved: Pa
     assert "The licence is the base model's: mit." in text
 
 
+def test_features_that_changed_places_are_told(report: Report, saved: Path) -> None:
+    told = "an adapter that was made for the base model does not fit"
+    moved = replace(report, config={**CONFIG, "permute": True})
+    nothing = replace(moved, notes=("permute did nothing: in no layer could it be proved that …",))
+    found = [told in flat(text_of(each, saved)) for each in (report, moved, nothing)]
+    assert found == [False, True, False]
+
+
 def test_a_packed_checkpoint_says_how_it_is_loaded(report: Report, saved: Path) -> None:
     (saved / "config.json").write_text(
         '{"quantization_config": {"quant_method": "llmprune", "format": 1, "weights": {}}}'

@@ -88,6 +88,25 @@ def test_dead_inputs_leave_the_target(dead: slice) -> None:
     assert torch.allclose(found[:, dead][kept], weight[:, dead][kept], rtol=1e-4)
 
 
+@pytest.mark.parametrize(("steps", "helps"), [(1, False), (2, True), (3, True), (5, True)])
+def test_a_step_beyond_helps_without_a_product(steps: int, helps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = random_weight(48, 96), inputs_like_a_models(800, 96)
+    problem = LeastSquares.of(weight, hessian_of(inputs).matrix, 0.01)
+    keep = Wanda().prune(weight, norms_of(inputs), NM(2, 4)).mask.T.contiguous()
+
+    def error(steps: int, *, beyond: bool) -> float:
+        missed = problem.solve_on(keep, problem.target * keep, steps, beyond=beyond) - problem.target
+        return (missed * (problem.matrix @ missed)).sum().item()
+
+    products, multiply = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *given, **more: products.append(1) or multiply(*given, **more))
+    plain, further = error(steps, beyond=False), error(steps, beyond=True)
+    assert len(products) == 2 * steps
+    assert further < plain if helps else further == plain
+    if helps:
+        assert plain - further > 0.5 * (plain - error(steps + 1, beyond=False))  # of what a whole step would bring
+
+
 def test_solving_again_changes_nothing() -> None:
     weight, inputs = random_weight(12, 56), inputs_like_a_models(400, 56)
     start = Wanda().prune(weight, norms_of(inputs), NM(2, 4))

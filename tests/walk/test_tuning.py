@@ -170,6 +170,26 @@ def test_steps_that_only_do_harm_are_taken_back() -> None:
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), before.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("slope", [1e-8, 1.0, 100.0])
+def test_no_gradient_is_too_small_or_too_large_for_float16(slope: float) -> None:
+    """1e-8 is 0 in float16, and 100 times the scale is infinity, until the scale has been halved five times."""
+    weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float16))
+    losses = [lambda: slope * weight.float().sum()] * 2
+    more: Any = {"held_out": frozenset({1}), "passes": 8, "dtypes": [torch.float16], "learning_rate": 1e-2}
+    part = tune("inner", [(weight, None)], losses, **more)
+    assert part.after < part.before
+    assert weight.isfinite().all()
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out() -> None:
+    weight, factors = nn.Parameter(torch.ones(2, 2)), [1.0, 1.0, math.inf, math.nan]
+    losses = [lambda: weight.sum() * factors.pop(), lambda: weight.sum()]
+    more: Any = {"held_out": frozenset({1}), "passes": 4, "dtypes": [torch.float32]}
+    part = tune("inner", [(weight, None)], losses, **more)
+    assert part.after < part.before
+    assert weight.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("measured", "kept"),
     [
