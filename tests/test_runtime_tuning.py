@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmprune.errors import UserError
-from llmprune.runtime import timing
+from llmprune.runtime import timing, tune
 from llmprune.runtime.dispatch import choose, rounded
 from llmprune.runtime.paths import paths
 from llmprune.runtime.tune import tune_weights
@@ -101,6 +101,30 @@ def test_where_nothing_can_be_kept_the_error_says_where(
     monkeypatch.setattr(timing, "timings_file", lambda device: file / "timings.json")
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         store(weight, {"1": {"expand": 1.0}})
+
+
+@pytest.mark.parametrize("error", [RuntimeError("too much\nmemory"), torch.OutOfMemoryError("too much")], ids=type)
+def test_a_path_that_cannot_run_here_is_left_out_and_told(
+    error: Exception, weight: SparseWeight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    real = paths
+    monkeypatch.setattr(tune, "paths", lambda weight, tokens: real(weight, tokens) | {"other": lambda: fails})
+    (found,) = tune.tune_weights([weight], seconds=0.0)
+    assert all("other" not in times and "expand" in times for times in found.microseconds.values())
+    assert found.unable == {"other": "too much"}
+    assert tune._lines(found)[-1] == "  other cannot run here: too much"
+
+
+def test_where_even_expanding_fails_the_error_is_told(weight: SparseWeight, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(tune, "paths", lambda *_: {"expand": lambda: fails})
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        list(tune.tune_weights([weight], seconds=0.0))
 
 
 def test_tuning_times_every_path_and_is_taken_into_use(file: Path, weight: SparseWeight) -> None:

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -44,12 +45,14 @@ ENOUGH_SECONDS = 2.0
 
 @dataclass
 class Tuned:
-    """What was found for one kind of weight: microseconds by tokens and path, and the choice by tokens."""
+    """What was found for one kind of weight: microseconds by tokens and path, the choice by tokens, and what each path
+    that cannot run here said."""
 
     kind: str
     count: int
     microseconds: dict[str, dict[str, float]] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
+    unable: dict[str, str] = field(default_factory=dict)
 
 
 def tune(wanted: Wanted, *, may_hold: bool = False, seconds: float = ENOUGH_SECONDS) -> Iterator[Tuned]:
@@ -79,7 +82,7 @@ def tune_weights(weights: Iterable[SparseWeight], *, may_hold: bool = False, sec
         device = alike[0].device
         found = Tuned(kind, len(alike))
         for tokens in TOKENS.get(device.type, TOKENS["cpu"]):
-            found.microseconds[str(tokens)] = _times(alike, tokens, seconds=seconds)
+            found.microseconds[str(tokens)] = _times(alike, tokens, found.unable, seconds=seconds)
         timing.store(device, timing.Timings({kind: found.microseconds}, may_hold))
         for tokens in found.microseconds:
             names = tuple(paths(alike[0], int(tokens)))
@@ -89,16 +92,25 @@ def tune_weights(weights: Iterable[SparseWeight], *, may_hold: bool = False, sec
         yield found
 
 
-def _times(alike: list[SparseWeight], tokens: int, *, seconds: float) -> dict[str, float]:
-    """Microseconds of each path for one product with so many tokens: medians over rounds, the paths in turns."""
+def _times(alike: list[SparseWeight], tokens: int, unable: dict[str, str], *, seconds: float) -> dict[str, float]:
+    """Microseconds of each path for one product with so many tokens: medians over rounds, the paths in turns.
+
+    A path that cannot run here, such as a kernel that asks for more shared memory than this GPU has, is left out, and
+    what it said goes into `unable`. `expand` is what all else stands on: its error is raised.
+    """
     some = alike[: max(1, math.ceil(ROTATED_BYTES / max(1, alike[0].packed.nbytes)))]
     first = some[0]
     x = torch.randn(tokens, first.in_features, device=first.device).to(first.dtype)
     timed: dict[str, Callable[[], float]] = {}
     with torch.inference_mode():
         for name in paths(first, tokens):
-            ways = [paths(weight, tokens)[name]() for weight in some]
-            timed[name] = _on_gpu(ways, x) if x.is_cuda else _on_cpu(ways, x)
+            try:
+                ways = [paths(weight, tokens)[name]() for weight in some]
+                timed[name] = _on_gpu(ways, x) if x.is_cuda else _on_cpu(ways, x)
+            except _refusals() as error:
+                if name == "expand":
+                    raise
+                unable[name] = str(error).strip().partition("\n")[0] or type(error).__name__
         laps: dict[str, list[float]] = {name: [] for name in timed}
         began = time.perf_counter()
         for turn in range(ROUNDS):
@@ -107,6 +119,15 @@ def _times(alike: list[SparseWeight], tokens: int, *, seconds: float) -> dict[st
             for name, run in timed.items():
                 laps[name].append(run() / len(some))
     return {name: round(1e6 * statistics.median(times), 2) for name, times in laps.items()}
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What torch and triton raise where a device cannot do what it is asked for, too little memory included."""
+    if find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError
 
 
 def _on_cpu(ways: list[Path], x: Tensor) -> Callable[[], float]:
@@ -178,4 +199,4 @@ def _lines(found: Tuned) -> list[str]:
         others = sorted((value, name) for name, value in times.items() if name != chosen)[:3]
         told = ", ".join(f"{name} {value:,.0f}" for value, name in others)
         lines.append(f"  {tokens:>5} tokens  {chosen} {times.get(chosen, 0):,.0f} µs  ({told})")
-    return lines
+    return lines + [f"  {name} cannot run here: {reason}" for name, reason in found.unable.items()]
