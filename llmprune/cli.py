@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from llmprune import __version__
+from llmprune.config_file import evaluation_options, read_config, typed_first
 from llmprune.distributed.launch import leave, rank_in_environment, told_by_others
 from llmprune.errors import HubError, LlmpruneError, UserError
-from llmprune.options import Titled, cured, evaluation_options, grouped, model_misplaced, read_config, typed_first
+from llmprune.options import Titled, cured, grouped, model_misplaced
 
 __all__ = ["main"]
 
@@ -230,6 +232,7 @@ def root(ctx: click.Context, /, **options: Any) -> None:
             raise UserError(
                 f"{ctx.invoked_subcommand} is done by one process: start it without torchrun or accelerate."
             )
+        _nothing_before(ctx)
         return
     if options["model"] is None:
         if len(sys.argv) < 2:
@@ -237,6 +240,15 @@ def root(ctx: click.Context, /, **options: Any) -> None:
             return
         raise UserError("--model is missing: a hub id (gpt2), a directory, a .gguf file, or demo.")
     _prune(options)
+
+
+def _nothing_before(ctx: click.Context) -> None:
+    """Refuse options between `llmprune` and a verb: they would be a run's, and nobody would hear them."""
+    verb = ctx.invoked_subcommand
+    for option in ctx.command.params:
+        if ctx.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
+            name = option.opts[0]
+            raise UserError(f"{name} stands before {verb}, which does not see it there: llmprune {verb} {name} …")
 
 
 @root.command("verify", help=VERBS["verify"])

@@ -225,12 +225,13 @@ class PruneConfig:
 
 
 def asked_for(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of an earlier run without those that its effort made, which another effort, method or pattern beside
-    them makes otherwise."""
-    if settings.get("effort") is None or "sparsity" not in settings:
+    """The settings of an earlier run without those that its effort or method made, which another effort, method or
+    pattern beside them makes otherwise."""
+    chosen = "method" if settings.get("effort") is None else "effort"
+    if settings.get(chosen) is None or "sparsity" not in settings:
         return settings
-    made = asdict(PruneConfig(sparsity=settings["sparsity"], effort=settings["effort"]))
-    kept = ("sparsity", "effort")
+    made = asdict(PruneConfig(sparsity=settings["sparsity"], **{chosen: settings[chosen]}))
+    kept = ("sparsity", chosen)
     return {name: value for name, value in settings.items() if name in kept or _plain(made.get(name)) != _plain(value)}
 
 

@@ -27,7 +27,8 @@ MAX_FUNCTION_LINES = 80
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "distributed": {"errors"},
-    "options": {"config"},
+    "options": set(),
+    "config_file": {"config"},
     "results": set(),
     "machine": {"errors"},
     "sparsity": {"errors"},

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,14 +164,117 @@ def test_what_is_typed_beside_an_earlier_runs_config_is_done(
     typed: list[str], expected: dict[str, Any], desk: Desk, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An effort makes settings, which stand in the config too; they must not outlive it."""
+    config = planned(["--config", f"{pruned.name}/config.json", *typed], desk, monkeypatch)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.num_samples == 6
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("ignore: c_fc", {"ignore": ("c_fc",)}),
+        ("overrides:\n  c_fc: 4:8\n  c_proj: dense", {"overrides": ("c_fc=4:8", "c_proj=dense")}),
+        ("overrides: c_fc=4:8", {"overrides": ("c_fc=4:8",)}),
+        ("overrides: {c_fc: }", {"overrides": ("c_fc=dense",)}),
+        ("num-samples: 7\nno_eval: true\neval_tasks: piqa", {"num_samples": 7}),
+        ("output_dir: out\npush_to_hub: true\nseed: 3", {"seed": 3}),
+    ],
+)
+def test_a_yaml_file_may_hold_what_a_person_would_write(
+    written: str, expected: dict[str, Any], desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"model: gpt2\nsparsity: 2:4\njson: true\n{written}\n")
+    config = planned(["--config", str(tmp_path / "run.yaml")], desk, monkeypatch)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_an_effort_that_is_typed_goes_before_a_files_method(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before all that the method of an earlier run had set."""
+    earlier = asdict(PruneConfig(sparsity="2:4", method="wanda", num_samples=6))
+    (tmp_path / "config.json").write_text(json.dumps({"llmprune_config": earlier}))
+    (tmp_path / "run.yaml").write_text("sparsity: 2:4\nmethod: wanda\nnum_samples: 6\n")
+    for file in ("config.json", "run.yaml"):
+        typed = ["--model", "gpt2", "--config", str(tmp_path / file), "--effort", "balanced"]
+        found = planned(typed, desk, monkeypatch)
+        assert found == PruneConfig(sparsity="2:4", effort="balanced", num_samples=6)
+
+
+def planned(typed: list[str], desk: Desk, monkeypatch: pytest.MonkeyPatch) -> PruneConfig:
+    """The settings that reach a plan."""
     seen: list[PruneConfig] = []
     monkeypatch.setattr("llmprune.plan.verb.forecast", lambda request: seen.append(request.config) or sys.exit(0))
     monkeypatch.chdir(desk.folder)
-    monkeypatch.setattr(sys, "argv", ["llmprune", "plan", "--config", f"{pruned.name}/config.json", *typed])
+    monkeypatch.setattr(sys, "argv", ["llmprune", "plan", *typed])
     with pytest.raises(SystemExit, check=lambda end: end.code == 0):
         main()
-    assert {name: getattr(seen[0], name) for name in expected} == expected
-    assert seen[0].num_samples == 6
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "written", "expected"),
+    [
+        ("run.yaml", "push_to_hub: false", None),
+        ("run.yaml", "push_to_hub: no", None),
+        ("run.yaml", "push_to_hub: true", ""),
+        ("run.yaml", "push_to_hub: me/model", "me/model"),
+        ("run.json", '{"push_to_hub": false}', None),
+        ("run.json", '{"push_to_hub": true}', ""),
+    ],
+)
+def test_whether_to_push_can_stand_in_a_file(
+    file: str, written: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`false` must not push to a repository of that name."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr("llmprune.cli._prune", seen.append)
+    (tmp_path / file).write_text(written)
+    monkeypatch.setattr(sys, "argv", ["llmprune", "--model", "gpt2", "--config", str(tmp_path / file)])
+    main()
+    assert seen[0]["push_to_hub"] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["./gpt2"], "No such command './gpt2'. A model is given as --model ./gpt2"),
+        (["verfy"], "No such command 'verfy'. Did you mean 'verify'?\n"),
+        (["eval", "./gpt2"], "Missing option '--model'. A model is given as --model ./gpt2"),
+        (["plan", "./gpt2"], "unexpected extra argument (./gpt2). A model is given as --model ./gpt2"),
+        (["eval", "--data", "a/b"], "Missing option '--model'.\n"),
+        (
+            ["--sparsity", "50%", "plan", "--model", "gpt2"],
+            "--sparsity stands before plan, which does not see it there",
+        ),
+        (["--config", "half.json"], "half.json: num_samples is a whole number; got 64.5."),
+        (["--config", "true.json"], "true.json: budget is a number; got true."),
+        (["--config", "list.json"], 'list.json: dataset takes one value; got ["a", "b"].'),
+        (["plan", "--config", "typo.yaml"], "sets sparsty, which is no option; did you mean sparsity?"),
+        (["plan", "--config", "torn.yaml"], "neither JSON nor YAML (line 2: "),
+        (["plan", "--config", "empty.json"], "empty.json holds no settings"),
+    ],
+)
+def test_what_is_nearly_right_is_told_the_cure(
+    arguments: list[str],
+    expected: str,
+    desk: Desk,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").symlink_to(desk.folder / "gpt2")
+    (tmp_path / "typo.yaml").write_text("sparsty: 2:4\n")
+    (tmp_path / "torn.yaml").write_text("model: [demo\nignore: x\n")
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "half.json").write_text('{"num_samples": 64.5}')
+    (tmp_path / "true.json").write_text('{"budget": true}')
+    (tmp_path / "list.json").write_text('{"dataset": ["a", "b"]}')
+    monkeypatch.setattr(sys, "argv", ["llmprune", *arguments])
+    with pytest.raises(SystemExit, check=lambda end: end.code == 2):
+        main()
+    assert expected in capfd.readouterr().err
 
 
 def test_options_from_a_yaml_file_and_typed_ones_before_them(desk: Desk) -> None:

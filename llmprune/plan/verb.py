@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from llmprune.config import EvaluationConfig, PruneConfig
+from llmprune.config_file import evaluation_options, typed_first
 from llmprune.machine import keep_memory_together
-from llmprune.options import ModelNamed, Titled, evaluation_options, typed_first
+from llmprune.options import ModelNamed, Titled
 from llmprune.plan.overview import Request, forecast
 from llmprune.plan.show import show_forecast
 

@@ -20,7 +20,7 @@ import llmprune
 from llmprune.checkpoint.convert import pack_checkpoint
 from llmprune.eval import compare, perplexity
 from llmprune.eval.measure import Measured
-from llmprune.results import percent_with_error, recovery, with_error
+from llmprune.results import percent_with_error, recovery, told_apart, with_error
 from tests.builders import tiny_tokenizer
 from tests.eval.small_models import MODELS
 
@@ -123,6 +123,19 @@ def test_where_there_is_little_room_names_are_broken_and_not_numbers(
     cells = {cell.strip() for cell in re.split("[│\n]", written.getvalue())}
     assert cells >= {"12.55 ± 0.92 %", "34.41 ± 1.34 %", "111.4 ± 17"}
     assert cells >= ({"320.1 ± 43", "(34.8 %)"} if width == 62 else {"320.1 ± 43 (34.8 %)", rows[0][0]})
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (["gpt2", "./a", "b"], ["gpt2", "a", "b"]),
+        (["me/gpt2", "a/p", "b/p"], ["me/gpt2", "a/p", "b/p"]),
+        (["/x/a/p/", "/y/a/p"], ["x/a/p", "y/a/p"]),
+        (["gpt2", "gpt2"], ["gpt2 (1)", "gpt2 (2)"]),
+    ],
+)
+def test_models_of_one_name_are_told_apart(models: list[str], names: list[str]) -> None:
+    assert told_apart(models) == names
 
 
 def test_eval_beside_the_dense_model(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
