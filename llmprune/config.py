@@ -7,6 +7,7 @@ after. Both turn into plain dictionaries and back, which is how a checkpoint rem
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -49,6 +50,9 @@ EFFORTS: dict[str, dict[str, Any]] = {
 """What each effort does; what each costs and brings stands in the README's table."""
 
 DEFAULT_EFFORT = "balanced"
+
+MOST_CHOICES = 1000
+"""Polishing holds an inverse for each group of a weight and each choice in it, and judges all choices at once."""
 
 T = TypeVar("T", bound="PruneConfig | EvaluationConfig")
 
@@ -133,9 +137,9 @@ class PruneConfig:
         _compile("overrides", self.override_map)
         self.build_method()
         self._check_dampening()
-        self.build_allocation()
-        for level in self.override_map.values():
-            parse_level(level)
+        levels = [*self.build_allocation().levels, *map(parse_level, self.override_map.values())]
+        if self.polish:
+            _check_choices([self.pattern, *levels])
 
     def _settle_steps(self) -> None:
         """Fill in what was not said: the effort's steps, or none besides the method."""
@@ -311,6 +315,15 @@ def _fraction(name: str, value: float | None) -> None:
         raise UserError(
             f"{name} is a fraction of the Hessian's mean diagonal, between 0 and 1, usually 0.01; got {value!r}."
         )
+
+
+def _check_choices(patterns: Iterable[Pattern | None]) -> None:
+    for pattern in patterns:
+        if isinstance(pattern, NM) and (ways := math.comb(pattern.m, pattern.n)) > MOST_CHOICES:
+            raise UserError(
+                f"polish tries every way to keep {pattern.n} of {pattern.m}, for patterns with at most "
+                f"{MOST_CHOICES:,} (2:4 has 6, 4:8 has 70); {pattern} has {ways:,}. Leave it out."
+            )
 
 
 def _settings_of(method: str) -> set[str]:

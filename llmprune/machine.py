@@ -23,6 +23,7 @@ from llmprune.errors import UserError
 __all__ = [
     "compute_dtype",
     "device_named",
+    "fits_there",
     "free_bytes",
     "give_back_memory",
     "held_bytes",
@@ -156,6 +157,11 @@ def _glibc() -> Any:
     return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 
 
+def fits_there(device: torch.device, nbytes: int) -> bool:
+    """Whether so much fits on `device` with room to spare."""
+    return nbytes <= ROOM_TO_SPARE * free_bytes(device)
+
+
 @contextmanager
 def placed(model: nn.Module, device: torch.device, *, beside: int = 0) -> Iterator[bool]:
     """The whole model on `device` for a `with` block, if it fits there with room to spare; then where it was.
@@ -170,7 +176,7 @@ def placed(model: nn.Module, device: torch.device, *, beside: int = 0) -> Iterat
     """
     home = next(model.parameters()).device
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if device == home or size + beside > ROOM_TO_SPARE * free_bytes(device):
+    if device == home or not fits_there(device, size + beside):
         yield device == home
         return
     model.to(device)

@@ -167,6 +167,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"permute": True, "sparsity": "50%"}, r"permute is about .* a sparsity of 50% has no groups\. Leave it out"),
     ({"polish": 1, "sparsity": "50%"}, r"polish is about .* a sparsity of 50% has no groups\. Leave it out"),
+    ({"polish": 1, "sparsity": "8:16"}, r"polish tries every way to keep 8 of 16.*8:16 has 12,870\. Leave it out"),
+    ({"polish": 1, "overrides": {"up_proj": "16:32"}}, r"16:32 has 601,080,390"),
     ({"polish": -1}, r"polish is a whole number, at least 0; got -1\."),
     ({"admm_steps": -1}, r"admm_steps is a whole number, at least 0; got -1\."),
     ({"method": "wanda", "block_size": 64}, r"block_size is a setting that method wanda does not have"),

@@ -114,8 +114,8 @@ def test_a_path_that_cannot_run_here_is_left_out_and_told(
     monkeypatch.setattr(tune, "paths", lambda weight, tokens: real(weight, tokens) | {"other": lambda: fails})
     (found,) = tune.tune_weights([weight], seconds=0.0)
     assert all("other" not in times and "expand" in times for times in found.microseconds.values())
-    assert found.unable == {"other": "too much"}
-    assert tune._lines(found)[-1] == "  other cannot run here: too much"
+    assert found.unable == {"other": "with 1 tokens: too much"}
+    assert tune._lines(found)[-1] == "  other cannot run here with 1 tokens: too much"
 
 
 def test_where_even_expanding_fails_the_error_is_told(weight: SparseWeight, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,23 @@ def test_distillation_changes_nothing_else() -> None:
         assert parameter.grad is None
 
 
+def test_a_float16_model_is_distilled_and_stays_float16() -> None:
+    """GPT-2 has layer norms, which a CPU does not compute in float16 under bfloat16's autocast."""
+    model = spread(tiny_model("gpt2", dtype=torch.float16))
+    result = run(model, method="wanda", distill=2)
+    assert result.tuned[-1].after < result.tuned[-1].before
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+
+
+def test_a_single_batch_refits_no_bias() -> None:
+    """There is no dense run beside it, from whose inputs a bias would be made."""
+    dense, model = (spread(tiny_model("gpt2")) for _ in range(2))
+    result = prune_layers(model, IDS, PruneConfig(batch_size=len(IDS), permute=False), device=CPU)
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, dense.get_parameter(name))}
+    assert changed == {row.parameter for row in result.weights}
+    assert not result.adjusted
+
+
 @pytest.mark.parametrize("step", [{"dense_targets": True}, {"tune": 2}, {"distill": 2}, {"effort": "best"}])
 def test_a_single_batch_is_not_paid_for_twice_and_that_is_said(step: dict[str, Any]) -> None:
     """None can be held out to decide: what is left is the method, and the report says so."""

@@ -12,7 +12,8 @@ machine multiplies in bfloat16, the passes do (the weights that are adjusted sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -94,16 +95,32 @@ def distill(
     """
     parameters = dict(model.named_parameters())
     losses = [partial(_loss, model, ids, target) for ids, target in zip(batches, wanted, strict=True)]
-    return tune(
-        "model",
-        [(parameters[name], mask.to(parameters[name].device)) for name, mask in masks.items()],
-        losses,
-        held_out=held_out,
-        passes=passes,
-        dtypes=[parameters[name].dtype for name in masks],
-        learning_rate=LEARNING_RATE,
-        progress=progress,
-    )
+    dtypes = [parameters[name].dtype for name in masks]
+    with _no_float16_on_a_cpu(model):
+        return tune(
+            "model",
+            [(parameters[name], mask.to(parameters[name].device)) for name, mask in masks.items()],
+            losses,
+            held_out=held_out,
+            passes=passes,
+            dtypes=dtypes,
+            learning_rate=LEARNING_RATE,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _no_float16_on_a_cpu(model: nn.Module) -> Iterator[None]:
+    """float16 as float32 for a `with` block: norms on a CPU do not take it beside bfloat16, and products are slow."""
+    tensors = [each for each in (*model.parameters(), *model.buffers()) if each.dtype == torch.float16]
+    tensors = [each for each in tensors if each.device.type == "cpu"]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.data = tensor.data.half()
 
 
 def _loss(model: nn.Module, ids: Tensor, wanted: Predictions) -> Tensor:

@@ -96,6 +96,11 @@ def _prune_stack(group: Group, recipe: Recipe, pattern: Pattern, place: Place, *
         team=team,
     )
     solution = solved.solution
+    if not torch.isfinite(solution.weight).all():
+        raise NumericError(
+            f"{group.keys[0]}: pruning made NaN or inf of it, because its inputs depend on each other too closely for "
+            "float32. Give more calibration text (--num-samples) or a larger --dampening-frac, or use --method wanda."
+        )
     place.masks.update(zip(group.keys, solution.mask.split(rows), strict=True))
     group.statistic = group.held = None
     seconds = time.perf_counter() - start

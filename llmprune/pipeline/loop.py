@@ -24,6 +24,7 @@ from llmprune.pipeline.survey import Survey, survey_model
 from llmprune.pipeline.tuner import Tuner
 from llmprune.pipeline.walkable import caller, dtype_on, record_layers, walkable
 from llmprune.results import PrunedWeight, SkippedWeight, TunedPart
+from llmprune.sparsity.statistics import unpaired
 from llmprune.walk.dense_path import DensePath
 from llmprune.walk.lockstep import LayerWalk, require_finite
 from llmprune.walk.recorder import Recording, record
@@ -315,13 +316,13 @@ class _Loop:
         return Permuter(proof, self.team)
 
     def _walk(self, layer: nn.Module, index: int, dense: DensePath | None) -> LayerWalk:
-        schedule = self.survey.schedules[index]
+        schedule, kind = self.survey.schedules[index], self.recipe.statistic
         return LayerWalk(
             layer,
             self.pruned.hidden,
             caller(self.pruned, index),
             schedule,
-            kind=self.recipe.statistic,
+            kind=unpaired(kind) if kind is not None and dense is None else kind,
             capacity=self._capacity(schedule),
             dense=dense,
             held_out=self.held_out,

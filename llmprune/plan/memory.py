@@ -17,7 +17,7 @@ from torch import nn
 from llmprune.checkpoint.layout import converted_parameters
 from llmprune.config import EvaluationConfig, PruneConfig
 from llmprune.eval.losses import LOGITS_MEMORY
-from llmprune.machine import compute_dtype, free_bytes
+from llmprune.machine import compute_dtype, fits_there, free_bytes
 from llmprune.pipeline.distill import HELD_BYTES, TOP
 from llmprune.plan.sketch import Sketch
 from llmprune.plan.source import DEQUANTIZED, Source
@@ -187,12 +187,17 @@ def _distill(job: Job) -> tuple[Term, ...]:
     count = sum(p.numel() for name, p in job.sketch.model.named_parameters() if name in job.pruned)
     kept = config.num_samples * config.seq_len * TOP * 6
     activations = config.batch_size * sum(load.waiting_bytes for load in job.loads) * 2
-    return (
-        Term("copies, gradients and moments of the pruned weights", HELD_BYTES * count),
-        Term("masks", count),
+    size = sum(_sizes(job.sketch.model).values())
+    there = job.device.type != "cpu" and fits_there(job.device, size + HELD_BYTES * count)
+    terms = (
+        Term("copies, gradients and moments of the pruned weights", HELD_BYTES * count, there),
+        Term("masks, where they are used", count, there),
+        Term("activations of a batch in all layers", activations, there),
+        Term("the model where it is computed", size if there else 0, there),
+        Term("masks, where they are kept", count if there else 0),
         Term("the dense model's predictions", kept),
-        Term("activations of a batch in all layers", activations),
     )
+    return tuple(term for term in terms if term.nbytes)
 
 
 def _evaluate(job: Job) -> tuple[Term, ...]:

@@ -200,9 +200,10 @@ def _settled(request: Request, model: Any, device: torch.device) -> tuple[PruneC
     if tokens is None and device.type == "cpu":
         tokens = max(CPU_TOKENS, seq_len)
     length = request.evaluation.eval_seq_len or seq_len
-    return replace(request.config, seq_len=seq_len), replace(
-        request.evaluation, eval_tokens=tokens, eval_seq_len=length
-    )
+    config = replace(request.config, seq_len=seq_len)
+    if config.num_samples <= config.batch_size:  # none can be held out to decide, so a run leaves these out
+        config = replace(config, dense_targets=False, tune=0, distill=0)
+    return config, replace(request.evaluation, eval_tokens=tokens, eval_seq_len=length)
 
 
 def _plan(drawn: Sketch, config: PruneConfig, device: torch.device) -> Plan:

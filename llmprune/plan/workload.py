@@ -227,7 +227,7 @@ class Case:
 def counted(case: Case) -> Work:
     """What pruning a group of weights takes, its measured error on a batch included."""
     step = case.pattern.m if isinstance(case.pattern, NM) else 1
-    return extrapolated(lambda inputs: count_case(case.shrunk(inputs)), SIZE // step * step, case.in_features)
+    return extrapolated(lambda inputs: count_case(case.shrunk(inputs)), max(1, SIZE // step) * step, case.in_features)
 
 
 def count_case(case: Case) -> Work:

@@ -46,7 +46,7 @@ ENOUGH_SECONDS = 2.0
 @dataclass
 class Tuned:
     """What was found for one kind of weight: microseconds by tokens and path, the choice by tokens, and what each path
-    that cannot run here said."""
+    said that cannot run here with so many tokens (the fewest that were tried)."""
 
     kind: str
     count: int
@@ -110,7 +110,8 @@ def _times(alike: list[SparseWeight], tokens: int, unable: dict[str, str], *, se
             except _refusals() as error:
                 if name == "expand":
                     raise
-                unable[name] = str(error).strip().partition("\n")[0] or type(error).__name__
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                unable.setdefault(name, f"with {tokens} tokens: {reason}")
         laps: dict[str, list[float]] = {name: [] for name in timed}
         began = time.perf_counter()
         for turn in range(ROUNDS):
@@ -199,4 +200,4 @@ def _lines(found: Tuned) -> list[str]:
         others = sorted((value, name) for name, value in times.items() if name != chosen)[:3]
         told = ", ".join(f"{name} {value:,.0f}" for value, name in others)
         lines.append(f"  {tokens:>5} tokens  {chosen} {times.get(chosen, 0):,.0f} µs  ({told})")
-    return lines + [f"  {name} cannot run here: {reason}" for name, reason in found.unable.items()]
+    return lines + [f"  {name} cannot run here {reason}" for name, reason in found.unable.items()]

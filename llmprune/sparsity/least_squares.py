@@ -83,9 +83,10 @@ class LeastSquares:
         image = torch.empty_like(direction)
         for left in range(steps, 0, -1):
             torch.mm(self.matrix, direction, out=image).mul_(keep)
-            step = size / (direction * image).sum(0).clamp_min_(_TINY)
-            # Columns that are solved to the last digit stop, or rounding would make them wander.
-            step.masked_fill_(size <= 1e-12 * first, 0)
+            curvature = (direction * image).sum(0)
+            # Columns that are solved to the last digit stop, or rounding would make them wander; so do those for which
+            # rounding has left no minimum.
+            step = (size / curvature).masked_fill_((size <= 1e-12 * first) | (curvature <= 0), 0)
             solution.addcmul_(direction, step)
             if left == 1 and not (beyond and steps > 1):
                 break

@@ -7,7 +7,8 @@ import torch
 
 from llmprune.config import PruneConfig
 from llmprune.plan.counting import Counter, Work, extrapolated
-from llmprune.plan.workload import Case, count_case
+from llmprune.plan.workload import Case, count_case, counted
+from llmprune.sparsity.pattern import NM
 
 
 def test_products_traffic_and_memory_are_counted() -> None:
@@ -72,3 +73,20 @@ def test_a_refit_of_biases_holds_no_second_copy_of_a_statistic() -> None:
     plain, biased = (count_case(case_of({"effort": "balanced"}, biased=one)) for one in (False, True))
     assert biased.moved > plain.moved
     assert biased.peak == pytest.approx(plain.peak, rel=0.02)
+
+
+def test_groups_may_be_wider_than_what_is_counted() -> None:
+    recipe = PruneConfig(sparsity="256:512", method="wanda").recipe
+    case = Case(
+        recipe=recipe,
+        pattern=NM(256, 512),
+        rows=(64,),
+        in_features=1024,
+        kind=recipe.statistic,
+        held_out=False,
+        biased=False,
+        tokens=64,
+        computed=torch.float32,
+        stored=torch.float32,
+    )
+    assert counted(case).peak > 4 * 64 * 1024

@@ -107,6 +107,15 @@ def test_a_step_beyond_helps_without_a_product(steps: int, helps: bool, monkeypa
         assert plain - further > 0.5 * (plain - error(steps + 1, beyond=False))  # of what a whole step would bring
 
 
+def test_where_rounding_has_left_no_minimum_the_start_stays() -> None:
+    """Such matrices come of taking large means away from inputs that depend on each other closely."""
+    weight, mask = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[True, True, False]])
+    broken = torch.tensor([[1.0, 1.04, 0.5], [1.04, 1.0, 0.5], [0.5, 0.5, 1.0]])
+    found = refit(weight * mask, mask, broken, target=weight * torch.tensor([[1.0, 1.2, 1.0]]), steps=5)
+    assert torch.isfinite(found).all()
+    assert found.abs().max() < 10
+
+
 def test_solving_again_changes_nothing() -> None:
     weight, inputs = random_weight(12, 56), inputs_like_a_models(400, 56)
     start = Wanda().prune(weight, norms_of(inputs), NM(2, 4))
