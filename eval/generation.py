@@ -98,7 +98,9 @@ def side_by_side(dense: Sequence[Continuation], pruned: Sequence[Continuation]) 
 def _greedy(model: Any, ids: torch.Tensor, new_tokens: int) -> list[int]:
     """The likeliest token at every step; what the model's own settings say of sampling and penalties is left out."""
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-    settings |= {"temperature": None, "top_k": None, "top_p": None}
+    settings |= {"temperature": None, "top_k": None, "top_p": None, "no_repeat_ngram_size": 0}
+    settings |= {"num_return_sequences": 1, "return_dict_in_generate": False, "stop_strings": None}
+    settings |= {"token_healing": False, "max_time": None}
     if model.generation_config.pad_token_id is None:
         settings["pad_token_id"] = 0  # there is one text, so nothing is ever padded
     written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **settings)

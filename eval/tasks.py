@@ -129,11 +129,10 @@ def _local_file(task: str, data: Path) -> Path:
 
 def _columns(file: Path) -> set[str]:
     """The columns of the first item."""
-    with file.open(encoding="utf-8") as lines:
-        first = next(lines, "")
     try:
-        return set(dict(json.loads(first)))
-    except (ValueError, TypeError):
+        with file.open(encoding="utf-8") as lines:
+            return set(dict(json.loads(next(lines, ""))))
+    except (ValueError, TypeError):  # not UTF-8, not JSON, not an object
         raise UserError(f"{file} should hold one JSON object on every line; its first line is none.") from None
 
 

@@ -222,7 +222,10 @@ def _number(row: dict[str, Any]) -> tuple[float, float | None]:
 def _facts(result: PruneResult) -> Iterator[tuple[str, str]]:
     report, counts = result.report, result.report.totals
     yield "pruned", f"{counts['pruned_weights']} weights to {report.config['sparsity']} by {report.config['method']}"
-    of_pruned, of_all = counts["pruned_zeros"] / counts["pruned_parameters"], counts["zeros"] / counts["parameters"]
+    of_pruned, of_all = (
+        counts[zeros] / max(1, counts[of])
+        for zeros, of in (("pruned_zeros", "pruned_parameters"), ("zeros", "parameters"))
+    )
     yield "sparsity", f"{of_pruned:.2%} of the pruned weights, {of_all:.2%} of all {counts['parameters']:,} parameters"
     yield "time", ", ".join(f"{name} {_duration(seconds)}" for name, seconds in report.seconds.items())
     yield (

@@ -29,6 +29,8 @@ def read_base_card(directory: Path | None, *, hub_id: str | None) -> dict[str, A
     hub_id : how the base model was asked for on the Hub; None if it did not come from there: a path is nobody's base
     """
     found = {name: value for name, value in _front_matter(directory).items() if name in _INHERITED and value}
+    if isinstance(spoken := found.get("language"), list):  # YAML 1.1 reads Norwegian, no, as false
+        found["language"] = ["no" if each is False else each for each in spoken]
     return found if hub_id is None else {"base_model": hub_id, **found}
 
 

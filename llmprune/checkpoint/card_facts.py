@@ -143,6 +143,8 @@ class CardFacts:
         return f"{told}, {size / dense:.0%} of the dense {dense / 1e6:,.1f} MB." if self._is_packed else f"{told}."
 
     def _command(self) -> str:
+        if self.report.command.startswith("llmprune.prune("):
+            return str(cleaned(self.report.command))
         words = shlex.split(cleaned(self.report.command))
         program = "llmprune" if words[0] == "__main__.py" else words[0]
         return shlex.join([program, *map(_public_word, words[1:])])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -59,6 +60,10 @@ class SavedLayer:
     adjusted: list[str]
 
 
+OURS = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(LOCK)}|layer-\d+\.safetensors|.*\.tmp|converted-.*")
+"""Names in the directory of safe points. One with any other is not ours to remove."""
+
+
 class Partial:
     """The directory of safe points that belongs to the output `target`.
 
@@ -93,10 +98,12 @@ class Partial:
         UserError
             if it is another run's, naming what differs, or its manifest is damaged; if that run is still at work.
         """
+        self._require_ours()
         self._hold()
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        for leftover in self.directory.glob(f"converted-{platform.node()}-*"):
-            if leftover != self.converted and not psutil.pid_exists(int(leftover.name.rpartition("-")[2])):
+        for leftover in self.directory.glob("converted-*"):
+            own = re.fullmatch(rf"converted-{re.escape(platform.node())}-(\d+)", leftover.name)
+            if own and leftover != self.converted and not psutil.pid_exists(int(own[1])):
                 shutil.rmtree(leftover, ignore_errors=True)
         if not resume:
             self._clear()
@@ -181,6 +188,14 @@ class Partial:
             self._lock.release()
         with suppress(OSError):
             self.directory.rmdir()
+
+    def _require_ours(self) -> None:
+        for path in self.directory.glob("*"):
+            if not OURS.fullmatch(path.name):
+                raise UserError(
+                    f"{self.directory} is where safe points go, and are removed, but holds {path.name}, which is none: "
+                    "move it away, or choose another --output-dir."
+                )
 
     def _hold(self) -> None:
         with write_errors(self.directory):

@@ -32,17 +32,23 @@ _OURS = ("config.json", "llmprune_report.json")
 def check_output(path: Path, *, overwrite: bool, source: Path | None, need_bytes: int) -> Path:
     """Make sure that a checkpoint of `need_bytes` can be put at `path`, without touching anything.
 
-    `source` is the directory that the model comes from, or None where it comes from the Hub.
+    `source` is the directory (or GGUF file) that the model comes from, or None where it comes from the Hub.
     Returns the path absolute, with links resolved: that is the directory that will be replaced.
 
     Raises
     ------
     UserError
-        if `path` is a file, is taken, is (within) the source or holds it, cannot be written, or the disk is too small.
+        if `path` is a file, is taken, is (within) the source or holds it, or a mount point, cannot be written, or the
+        disk is too small.
     """
     target = Path(path).expanduser().resolve()
-    if source is not None:
+    if source is not None and source.is_file():
+        if target in source.expanduser().resolve().parents:
+            raise UserError(f"{target} holds the model itself, {source.name}, which is never changed: choose another.")
+    elif source is not None:
         _check_apart(target, source.expanduser().resolve())
+    if target.is_mount():
+        raise UserError(f"{target} is a mount point, which cannot be replaced as a whole: choose a folder inside it.")
     _check_free(target, overwrite=overwrite)
     home = next(parent for parent in target.parents if parent.exists())
     if not home.is_dir():

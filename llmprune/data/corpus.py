@@ -124,6 +124,10 @@ def _find_by_name(written: str, request: _Request) -> _Origin:
     """A string: one of our names, else a path that exists, else a data set of the Hub."""
     if written in _NAMED:
         return _NAMED[written](request)
+    if len(written) > LONGEST_NAME:
+        raise UserError(
+            f"unknown data set {written[:40]!r}…: a text itself is given as a list of one string. {_ALLOWED}."
+        )
     path = Path(written).expanduser()
     if path.exists() or written.lower().endswith(_FILE_KINDS) or written.startswith((".", "/", "~")):
         return _file(path, request)
@@ -133,6 +137,9 @@ def _find_by_name(written: str, request: _Request) -> _Origin:
         return _hub(written, request)
     raise UserError(f"unknown data set {written!r}. {_ALLOWED}.")
 
+
+LONGEST_NAME = 1024
+"""Of a data set; paths on most systems are no longer than four times as much, and parts of them not than a quarter."""
 
 _OTHER_SPELLINGS = {
     "wikitext": "wikitext2",

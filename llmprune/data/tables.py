@@ -119,7 +119,7 @@ def _as_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase 
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"{place}: the tokenizer's chat template refuses this conversation: {error}.") from error
 
 

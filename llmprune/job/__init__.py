@@ -8,7 +8,7 @@ are on disk before anything else can go wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ def prune(
     LlmpruneError
         see `llmprune.errors`; a model in memory may be partly pruned after a NumericError.
     """
+    given = dict(settings)
     config, evaluation, rest = _split(settings)
+    dataset = os.fspath(dataset) if isinstance(dataset, os.PathLike) else dataset
     name = dataset if isinstance(dataset, str) else type(dataset).__name__
     return run(
         Job(
@@ -57,10 +59,26 @@ def prune(
             dataset=dataset,
             tokenizer=tokenizer,
             output_dir=Path(output_dir) if output_dir is not None else None,
+            command=_called(model, {"dataset": dataset, **given}),
             **rest,
         ),
         observer,
     )
+
+
+def _called(model: Any, settings: Mapping[str, Any]) -> str:
+    """The call as the report tells of it: the program around it, and what its own command line held, are not ours to
+    publish. Of a path its last part is told, of an object its type."""
+
+    def told(value: Any) -> str:
+        if isinstance(value, str | os.PathLike):
+            path = Path(os.fspath(value))
+            return repr(path.name if path.is_absolute() else os.fspath(value))
+        return repr(value) if isinstance(value, bool | int | float | tuple | list) else type(value).__name__
+
+    settled = {name: value for name, value in settings.items() if value is not None}
+    words = [told(model), *(f"{name}={told(value)}" for name, value in settled.items())]
+    return f"llmprune.prune({', '.join(words)})"
 
 
 def _split(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -68,6 +86,7 @@ def _split(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], di
     for name in ("eval_tokens", "eval_seq_len", "eval_tasks", "eval_data", "eval_limit"):
         if name in settings:
             evaluation[name] = settings.pop(name)
-    own = set(Job.__dataclass_fields__) - {"model", "config", "evaluation", "dataset", "tokenizer", "output_dir"}
+    given = {"model", "config", "evaluation", "dataset", "tokenizer", "output_dir", "command"}
+    own = set(Job.__dataclass_fields__) - given
     rest = {name: settings.pop(name) for name in own & set(settings)}
     return settings, evaluation, rest

@@ -22,7 +22,7 @@ from llmprune.eval.perplexity import CPU_TOKENS, default_seq_len
 from llmprune.eval.zero_shot import check_zero_shot
 from llmprune.job.request import Job
 from llmprune.machine import free_bytes
-from llmprune.model import Loaded, load, shelf_of, stored_bytes
+from llmprune.model import Loaded, load, located, shelf_of, stored_bytes
 from llmprune.pipeline import Survey
 
 __all__ = [
@@ -60,8 +60,7 @@ def check_early(job: Job, team: Team) -> Destination | None:
     _check_scale(job)
     check_zero_shot(job.evaluation.eval_tasks, job.evaluation.task_data, job.evaluation.eval_limit)
     if job.output_dir is not None:
-        source = Path(job.model) if isinstance(job.model, str) and Path(job.model).is_dir() else None
-        check_output(job.output_dir, overwrite=job.overwrite, source=source, need_bytes=0)
+        check_output(job.output_dir, overwrite=job.overwrite, source=_source(job, None), need_bytes=0)
     return _check_push(job)
 
 
@@ -148,7 +147,7 @@ def settle(job: Job, loaded: Loaded, device: torch.device, say: Callable[[str], 
     given = job.dataset.shape[-1] if isinstance(job.dataset, torch.Tensor) else None
     seq_len = job.config.seq_len or given or limit
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and seq_len > longest:
+    if longest is not None and 0 < longest < seq_len:
         raise UserError(f"--seq-len may be at most {longest} for this model; got {seq_len}.")
     config = replace(job.config, seq_len=seq_len)
     if isinstance(job.dataset, torch.Tensor):
@@ -196,7 +195,7 @@ def calibration(job: Job, config: PruneConfig, loaded: Loaded) -> tuple[torch.Te
         origin, bos = {"name": f"token ids {tuple(source.shape)} given"}, None  # token ids are taken as they are
     else:
         if loaded.tokenizer is None:
-            raise UserError("a model in memory needs its tokenizer, to turn text into tokens: give tokenizer=… too.")
+            raise UserError(_no_tokenizer(loaded))
         source = load_corpus(
             source,
             purpose="calibration",
@@ -214,15 +213,27 @@ def calibration(job: Job, config: PruneConfig, loaded: Loaded) -> tuple[torch.Te
         seed=config.seed,
         bos=bos,
     )
+    known, largest = loaded.model.get_input_embeddings().weight.shape[0], int(windows.max())
+    if largest >= known:
+        raise UserError(
+            f"the calibration tokens go up to {largest}, and the model knows {known}, 0 to {known - 1}: give the "
+            "tokenizer that belongs to the model."
+        )
     return windows, origin
+
+
+def _no_tokenizer(loaded: Loaded) -> str:
+    if loaded.directory is not None:
+        return f"{loaded.name} holds no tokenizer, which turns text into tokens: put its files beside the weights."
+    return "a model in memory needs its tokenizer, to turn text into tokens: give tokenizer=… too."
 
 
 def wanted_measures(evaluation: EvaluationConfig, config: PruneConfig, loaded: Loaded) -> Wanted:
     """What to measure before and after, with the texts for perplexity."""
     if evaluation.asks_for_something and loaded.tokenizer is None:
-        raise UserError("evaluation needs the model's tokenizer: give tokenizer=… too, or no eval_dataset.")
+        raise UserError(_no_tokenizer(loaded))
     tokens = evaluation.eval_tokens
-    enough = None if tokens is None else CHARACTERS_PER_TOKEN * tokens
+    enough = None if tokens is None else CHARACTERS_PER_TOKEN * max(tokens, evaluation.eval_seq_len or 0)
     rests = shelf_of(loaded.model) is not None
     return Wanted(
         [
@@ -255,7 +266,13 @@ def _target(job: Job, loaded: Loaded) -> Path | None:
     size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     # It is proved dense before it is packed; and the layers of a model that rests on disk are written twice.
     need = size * (1 + (job.format == "packed") + (shelf_of(loaded.model) is not None))
-    return check_output(path, overwrite=job.overwrite, source=loaded.directory, need_bytes=need)
+    return check_output(path, overwrite=job.overwrite, source=_source(job, loaded.directory), need_bytes=need)
+
+
+def _source(job: Job, directory: Path | None) -> Path | None:
+    """What must not be changed: the directory that was loaded, or the directory or file that was named."""
+    named = Path(os.fspath(job.model)) if isinstance(job.model, str | os.PathLike) else None
+    return directory or (named if named is not None and named.exists() else None)
 
 
 def _default_name(config: PruneConfig, base: str) -> str:
@@ -264,6 +281,6 @@ def _default_name(config: PruneConfig, base: str) -> str:
 
 def _base_name(model: Any) -> str:
     if isinstance(model, str | os.PathLike):
-        path = Path(os.fspath(model))
-        return (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
+        path = located(os.fspath(model), None, "auto")
+        return path.stem if path.suffix == ".gguf" else (path.resolve() if path.exists() else path).name
     return Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name

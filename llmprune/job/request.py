@@ -21,6 +21,7 @@ class Job:
 
     model : hub id, directory, `.gguf` file, `demo`, or a transformers model in memory (which needs `tokenizer`)
     output_dir : where the checkpoint goes; None: it is not saved
+    command : what the report tells as the command; None: the command line of this process
     format : "dense", zeros stored as any number, which everything reads; or "packed", without them
     push_to_hub : repository id, "" for the default name in one's own namespace, None: no push
     hub_private_repo, hub_revision, hub_create_pr : as in `llmprune.checkpoint.hub.Destination`
@@ -41,6 +42,7 @@ class Job:
     device: str | None = None
     trust_remote_code: bool = False
     output_dir: Path | None = None
+    command: str | None = None
     default_output: bool = False
     overwrite: bool = False
     max_shard_size: str = "5GB"

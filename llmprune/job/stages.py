@@ -129,7 +129,10 @@ class _Run:
         wanted = wanted_measures(self.evaluation, self.config, loaded)
         self.measures = Measures(wanted, self.observer.evaluated)
         for written, corpus in zip(self.evaluation.eval_dataset, wanted.corpora, strict=True):
-            if (written, corpus.name) == (self.config.dataset, self.origin["name"]):
+            same_path = Path(written).expanduser().resolve() == Path(self.config.dataset).expanduser().resolve()
+            if (written == self.config.dataset and corpus.name == self.origin["name"]) or (
+                same_path and Path(written).expanduser().exists()
+            ):
                 self.notes.append(
                     f"perplexity is measured on {corpus.name}, the text that the calibration windows were drawn from: "
                     "it flatters the pruned model"
@@ -260,7 +263,7 @@ class _Run:
         tensors = describe_tensors(loaded.model, pruned.weights, before=self.digests, adjusted=pruned.adjusted)
         return Report(
             versions=tool_versions(self.device),
-            command=command_line(),
+            command=self.job.command or command_line(),
             config={**asdict(self.config), **asdict(self.evaluation), "dtype": self.job.dtype},
             source=self._source(loaded),
             pruned=tuple(pruned.weights),

@@ -9,7 +9,7 @@ read_ahead.py  those whose turn is next, read from the disk meanwhile
 
 from __future__ import annotations
 
-from llmprune.model.load import DTYPES, Loaded, check_model, load, quiet_transformers
+from llmprune.model.load import DTYPES, Loaded, check_model, load, located, quiet_transformers
 from llmprune.model.shelf import Shelf, shelf_of
 from llmprune.model.size import stored_bytes
 from llmprune.model.structure import Decoder, find_decoder, max_seq_len
@@ -22,6 +22,7 @@ __all__ = [
     "check_model",
     "find_decoder",
     "load",
+    "located",
     "max_seq_len",
     "quiet_transformers",
     "shelf_of",

@@ -118,8 +118,10 @@ def find_freedoms(layer: nn.Module, call: Call, axes: Mapping[str, int], known: 
         search = None
         if key not in known or not _holds(twin, call, truth, known[key]):
             search = _Search(twin, call, truth, dict(axes))  # differentiates it
-    except RuntimeError as error:
-        if _lacks_memory(error):
+    except MemoryError:
+        raise
+    except Exception as error:  # layers refuse float64, copying and differentiation in many ways
+        if isinstance(error, RuntimeError) and _lacks_memory(error):
             raise
         return []
     if search is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -119,10 +120,18 @@ def load(
         model, _ = from_files(name, rest_on_disk=rest_on_disk, config=config, dtype=dtype, **options, **extra)
         if packed:
             model = model.dequantize()
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        # Where a directory has no tokenizer transformers makes one of no words.
+        has_one = not path.is_dir() or any(_TOKENIZER_FILE.fullmatch(file.name) for file in path.iterdir())
+        tokenizer = AutoTokenizer.from_pretrained(name, **options) if has_one else None
         notes = _fetch_side_files(name, commit) if commit else ()
     base = name.rpartition("/")[2] if commit else path.resolve().name
     return Loaded(_ready(model, dequantized=bool(extra) or packed), tokenizer, name, base, commit, directory, notes)
+
+
+_TOKENIZER_FILE = re.compile(
+    r"(tokeniz|vocab|merges|spiece|sentencepiece|tekken|special_tokens).*|.*\.(model|tiktoken)"
+)
+"""Some file of every tokenizer is named so."""
 
 
 def from_files(name: str | Path, *, rest_on_disk: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:

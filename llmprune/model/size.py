@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +37,11 @@ def _in_cache(name: str, revision: str | None) -> int | None:
 
 
 def _total(files: Iterator[tuple[str, int]]) -> int | None:
-    """Of the safetensors files, or where there are none of the pickled ones."""
-    sizes = dict(files)
-    for ending in (".safetensors", ".bin"):
-        found = [size for name, size in sizes.items() if name.endswith(ending) and "/" not in name]
+    """Of the files that transformers loads; where none is named so, of all safetensors or else all pickled ones."""
+    sizes = {name: size for name, size in files if "/" not in name}
+    whole = r"(-\d+-of-\d+)?"
+    for kind in (rf"model{whole}\.safetensors", rf"pytorch_model{whole}\.bin", r".*\.safetensors", r".*\.bin"):
+        found = [size for name, size in sizes.items() if re.fullmatch(kind, name)]
         if found:
             return sum(found)
     return None

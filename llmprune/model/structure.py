@@ -118,6 +118,8 @@ def _require_own_parameters(decoder: Decoder) -> None:
                     f"{decoder.prefixes[index]}{name} is not in memory (device 'meta'). Load the model without "
                     "device_map or offloading; llmprune moves one layer at a time by itself."
                 )
+            if not parameter.numel():
+                continue  # all of no size lie at address 0
             first = owners.setdefault(id(parameter) if hollow else parameter.data_ptr(), index)
             if first != index:
                 raise UnsupportedModel(
@@ -156,6 +158,8 @@ def _dense_by_structure(layer: nn.Module) -> dict[str, str]:
             reasons |= dict.fromkeys(own, "an embedding")
         else:
             reasons |= {name: "a gate with a single output" for name, p in own.items() if p.ndim == 2 and len(p) == 1}
+            if isinstance(module, nn.ModuleList) and _are_alike(module):
+                reasons |= dict.fromkeys(_routers(layer, path, len(module)), "a router")
             for experts in {len(p) for p in own.values() if p.ndim == 3}:
                 reasons |= {
                     name: "biases of the experts" for name, p in own.items() if p.ndim == 2 and len(p) == experts
@@ -165,12 +169,25 @@ def _dense_by_structure(layer: nn.Module) -> dict[str, str]:
 
 
 def _routers(layer: nn.Module, path: str, experts: int) -> Iterable[str]:
-    """Matrices with one output per expert, in the block that holds the module `path` with a stack of experts."""
+    """Matrices with one output per expert, in the block that holds the module `path` with the experts; and all in a child
+    of the block with a matrix of as many outputs, or one more, if the child is called a router or gate."""
     block = path.rpartition(".")[0]
-    for name, parameter in layer.get_submodule(block).named_parameters():
-        full = f"{block}.{name}".lstrip(".")
-        if parameter.ndim == 2 and len(parameter) == experts and not full.startswith(f"{path}."):
-            yield full
+    beside = {
+        name: len(parameter)
+        for name, parameter in layer.get_submodule(block).named_parameters()
+        if parameter.ndim == 2 and not f"{block}.{name}".lstrip(".").startswith(f"{path}.")
+    }
+    children = {name.partition(".")[0] for name, rows in beside.items() if rows in (experts, experts + 1)}
+    called = {child for child in children if "router" in child or "gate" in child.split("_")}
+    for name, rows in beside.items():
+        if rows == experts or name.partition(".")[0] in called:
+            yield f"{block}.{name}".lstrip(".")
+
+
+def _are_alike(modules: nn.ModuleList) -> bool:
+    """Whether they are two modules or more that are built alike, as listed experts are."""
+    shapes = [[(name, parameter.shape) for name, parameter in each.named_parameters()] for each in modules]
+    return len(shapes) > 1 and bool(shapes[0]) and all(each == shapes[0] for each in shapes)
 
 
 def is_ignored(name: str, ignore: Sequence[str]) -> bool:

@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -60,8 +60,9 @@ def kernel_file() -> Path:
     name = f"cpu_kernel-torch{torch.__version__}-{_digest()}.so"
     folders = [cache_folder(), _spare_folder()]
     for folder in folders:
-        if (folder / name).exists() and _is_safe(folder):
-            return folder / name
+        with suppress(OSError):  # a home that may not even be entered
+            if (folder / name).exists() and _is_safe(folder):
+                return folder / name
     for folder in folders:
         if _can_write(folder):
             _build(folder / name)
@@ -127,7 +128,10 @@ def _digest() -> str:
 
 
 def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    try:
+        return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise CannotBuild(f"CXX={os.environ['CXX']} is no command ({error})") from None
 
 
 def _build(target: Path) -> None:

@@ -102,6 +102,7 @@ def generate(
             f"the model takes {limit} tokens; got a prompt of {length} and --max-new-tokens {new_tokens}: shorten one."
         )
     settings: dict[str, Any] = {"do_sample": temperature > 0, "top_k": None, "top_p": None}
+    settings |= {"num_beams": 1, "num_return_sequences": 1}  # words are shown as they come, of one text
     settings["temperature"] = temperature if temperature > 0 else None
     if to_the_end:
         settings["min_new_tokens"] = new_tokens

@@ -76,7 +76,7 @@ def _tokenizer(name: str, options: dict[str, Any]) -> Any:
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError):
+    except Exception:  # transformers and tokenizers raise all sorts for files that are damaged or not theirs
         return None
 
 

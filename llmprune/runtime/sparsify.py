@@ -24,8 +24,9 @@ def sparsify(model: nn.Module, patterns: Iterable[str] = ("2:4", "4:8")) -> int:
     """
     shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     done = 0
-    modules: list[tuple[str, Any]] = list(model.named_modules())
-    for name, module in modules:
+    module: Any  # no list of modules is held: each would keep its weight until the last is done
+    for name in [name for name, module in model.named_modules() if input_axis_of(module) is not None]:
+        module = model.get_submodule(name)
         axis = input_axis_of(module)
         if axis is None or id(module.weight) in shared:
             continue
@@ -42,7 +43,9 @@ def sparsify(model: nn.Module, patterns: Iterable[str] = ("2:4", "4:8")) -> int:
 
 def densify(model: nn.Module) -> None:
     """Put a plain linear in the place of every SparseLinear, with the same weight bit for bit."""
-    for name, module in sparse_linears(model).items():
+    for name in list(sparse_linears(model)):  # names alone: a list of modules would keep all packed weights too
+        module = model.get_submodule(name)
+        assert isinstance(module, SparseLinear)
         model.set_submodule(name, _plain(module).train(module.training))
 
 

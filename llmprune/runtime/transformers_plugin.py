@@ -170,8 +170,14 @@ class LlmpruneQuantizer(HfQuantizer):
 
         Another dtype is given to the whole model; its own must not be, for that would round what stays in float32.
         """
+        from llmprune.runtime.placement import sparse_linears
         from llmprune.runtime.sparsify import densify
 
+        if any(module.weight.is_meta for module in sparse_linears(model).values()):
+            raise UserError(
+                "parts of this model are offloaded, and only what is in memory can be made dense: load it without "
+                "offloading (device_map), or use `llmprune unpack`."
+            )
         densify(model)
         self._refusal.remove()
         if dtype not in (None, model.dtype):

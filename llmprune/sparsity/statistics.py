@@ -23,8 +23,8 @@ BLOCK = 512
 
 CONSTANT = 1e-3
 """A feature whose variance is at most this share of its mean square is constant. Rounding alone makes about 1e-6 of the
-mean square in float32, of one sign in all features: of 512 that depended on each other closely, with means of 80 standard
-deviations (1.6e-4), it left a matrix that was not positive definite even when damped, with means of 30 (1.1e-3) not."""
+mean square in float32, of one sign in all features: of 512 that depended on each other closely, with means of 80
+standard deviations (1.6e-4), it left a matrix that was not positive definite even when damped; with 30 (1.1e-3) not."""
 
 
 class Statistic(Protocol):

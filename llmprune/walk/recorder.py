@@ -54,9 +54,19 @@ class _Recorded(Exception):
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a decoder layer returns: the tensor itself or the first of a tuple."""
+    """The hidden states in what a decoder layer returns: the tensor itself or the first of a tuple.
+
+    Raises
+    ------
+    UnsupportedModel
+        if it is something else.
+    """
     result = output[0] if isinstance(output, tuple) else output
-    assert isinstance(result, Tensor), type(output)
+    if not isinstance(result, Tensor):
+        raise UnsupportedModel(
+            f"a decoder layer of this model returns a {type(output).__name__}, where llmprune knows hidden states or a "
+            "tuple that begins with them."
+        )
     return result
 
 
