@@ -63,6 +63,35 @@ def test_an_evaluation_on_the_calibration_text_is_noted(tmp_path: Path) -> None:
     assert "measured on texts.jsonl, the text that the calibration windows were drawn from" in notes[0][0]
 
 
+def test_a_directory_without_a_tokenizer_is_pruned_with_token_ids_only(tmp_path: Path) -> None:
+    """transformers would make a tokenizer that knows no word."""
+    tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="gpt2 holds no tokenizer, which turns text into tokens"):
+        llmprune.prune(tmp_path / "gpt2", dataset=TEXTS, method="wanda", **FEW)
+    result = llmprune.prune(tmp_path / "gpt2", dataset=IDS, method="wanda", output_dir=tmp_path / "out")
+    assert result.tokenizer is None
+    assert not list((tmp_path / "out").glob("*token*"))
+
+
+def test_tokens_that_the_model_does_not_know_are_refused() -> None:
+    with pytest.raises(UserError, match="go up to 99, and the model knows 64, 0 to 63"):
+        llmprune.prune(tiny_model("llama"), dataset=torch.full((2, 16), 99), method="wanda")
+
+
+def test_the_report_tells_the_call_and_nothing_of_the_program_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--wandb-key", "secret"])
+    (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
+    settings: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "method": "wanda", "dataset": tmp_path / "texts.txt"}
+    result = llmprune.prune(tiny_model("llama"), output_dir=tmp_path / "out", **settings, **FEW)
+    told = "llmprune.prune(LlamaForCausalLM, dataset='texts.txt', method='wanda', num_samples=4, seq_len=32)"
+    assert result.report.command == told
+    assert result.report.config["dataset"] == str(tmp_path / "texts.txt")
+    assert told in (tmp_path / "out" / "README.md").read_text()
+    assert "secret" not in (tmp_path / "out" / "llmprune_report.json").read_text()
+
+
 def test_seeds_choose_other_windows() -> None:
     one, two = tiny_model("llama"), tiny_model("llama")
     for seed, model in enumerate((one, two)):

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -200,6 +201,8 @@ def test_what_is_offloaded_is_not_held_after_its_forward(pair_of: Callable[..., 
     assert torch.equal(logits(model), logits(load(pair.packed)))
     assert goes._source is goes._weight is None
     assert stays._source is stays.weight
+    with pytest.raises(UserError, match="parts of this model are offloaded"):
+        model.dequantize()
 
 
 # Saving again ---------------------------------------------------------------------------------------------------------
@@ -234,6 +237,26 @@ def test_a_model_that_is_made_dense_is_saved_dense(family: str, pair_of: Callabl
     written, dense = load_file(tmp_path / "model.safetensors"), load_file(pair.dense / "model.safetensors")
     assert written.keys() == dense.keys()
     assert all(torch.equal(written[key], dense[key]) for key in dense)
+
+
+def test_made_dense_or_packed_one_linear_at_a_time(
+    pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a linear's turn comes, those before it are gone."""
+    model = load(pair_of("llama").packed)
+    for change in (densify, sparsify):
+        gone: list[weakref.ref[Any]] = []
+        replaced = nn.Module.set_submodule
+
+        def put(root: Any, name: str, new: Any, gone: Any = gone, replaced: Any = replaced) -> None:
+            assert all(each() is None for each in gone[:-1])
+            gone.append(weakref.ref(root.get_submodule(name).weight))
+            replaced(root, name, new)
+
+        monkeypatch.setattr(nn.Module, "set_submodule", put)
+        change(model)
+        monkeypatch.undo()
+        assert len(gone) > 3
 
 
 def test_packing_in_memory_and_back(pair_of: Callable[..., Pair]) -> None:

@@ -169,8 +169,8 @@ def _dense_by_structure(layer: nn.Module) -> dict[str, str]:
 
 
 def _routers(layer: nn.Module, path: str, experts: int) -> Iterable[str]:
-    """Matrices with one output per expert, in the block that holds the module `path` with the experts; and all in a child
-    of the block with a matrix of as many outputs, or one more, if the child is called a router or gate."""
+    """Matrices with one output per expert, in the block that holds the module `path` with the experts; and all in a
+    child of the block with a matrix of as many outputs, or one more, if the child is called a router or gate."""
     block = path.rpartition(".")[0]
     beside = {
         name: len(parameter)

@@ -145,6 +145,24 @@ def test_converted_weights_of_a_dead_process_are_removed(tmp_path: Path) -> None
     assert not dead.exists()
 
 
+def test_converted_weights_of_another_machine_are_left_alone(tmp_path: Path) -> None:
+    others = [f"converted-{platform.node()}-2-{2**22 + 1}", "converted-elsewhere-x"]
+    for name in others:
+        (tmp_path / "out.partial" / name).mkdir(parents=True)
+    opened(tmp_path)
+    assert all((tmp_path / "out.partial" / name).is_dir() for name in others)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_directory_with_something_else_in_it_is_not_ours(tmp_path: Path, resume: bool) -> None:
+    """For in the end it is removed."""
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious.bin").write_text("mine")
+    with pytest.raises(UserError, match=r"holds precious\.bin, which is none: move it away, or choose another"):
+        opened(tmp_path, resume=resume)
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["precious.bin"]
+
+
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     partial = opened(tmp_path)
     write(partial, 0)

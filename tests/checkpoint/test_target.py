@@ -61,6 +61,23 @@ def test_the_source_is_never_written(tmp_path: Path, output: str, relation: str)
         check_output(tmp_path / output, overwrite=True, source=source, need_bytes=10)
 
 
+def test_a_folder_that_holds_the_source_file_is_never_replaced(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "m") / "m.gguf"
+    model.write_text("weights")
+    for folder in (tmp_path / "m", tmp_path):
+        with pytest.raises(UserError, match=r"holds the model itself, m\.gguf"):
+            check_output(folder, overwrite=True, source=model, need_bytes=0)
+    check_output(tmp_path / "m" / "out", overwrite=False, source=model, need_bytes=0)
+
+
+def test_a_mount_point_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(UserError, match=r"is a mount point, .*choose a folder inside it"):
+        check_output(tmp_path / "volume", overwrite=False, source=None, need_bytes=0)
+    check_output(tmp_path / "volume" / "out", overwrite=False, source=None, need_bytes=0)
+
+
 def test_a_link_to_the_source_is_the_source(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "model")
     (tmp_path / "link").symlink_to(source)

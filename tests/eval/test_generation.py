@@ -11,7 +11,9 @@ from tests.eval.small_models import MODELS, pruned
 
 def test_greedy_is_the_likeliest_token_at_every_step() -> None:
     model, tokenizer = MODELS["llama"](), tiny_tokenizer(adds_bos=True)
-    model.generation_config.update(do_sample=True, temperature=3.0, repetition_penalty=5.0)
+    model.generation_config.update(do_sample=True, temperature=3.0, repetition_penalty=5.0, no_repeat_ngram_size=2)
+    model.generation_config.update(num_return_sequences=2, return_dict_in_generate=True, stop_strings=["a"])
+    model.generation_config.update(token_healing=True, max_time=0.0, num_beams=3)
     model.generation_config.eos_token_id = None
     [written] = continuations(model, tokenizer, prompts=["a cat"], new_tokens=10)
     ids = tokenizer("a cat")["input_ids"]
