@@ -103,7 +103,7 @@ def test_seeds_choose_other_windows() -> None:
     ("settings", "expected"),
     [
         ({"dataset": TEXTS}, "needs its tokenizer"),
-        ({"dataset": IDS, "eval_dataset": ["wikitext2"]}, "needs the model's tokenizer"),
+        ({"dataset": IDS, "eval_dataset": ["wikitext2"]}, "a model in memory needs its tokenizer"),
         ({"dataset": IDS, "sparsty": "2:4"}, "did you mean 'sparsity'"),
         ({"dataset": IDS, "push_to_hub": ""}, "give output_dir too"),
         ({"dataset": IDS, "hub_create_pr": True}, "are about a push: give push_to_hub too"),

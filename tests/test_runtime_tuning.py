@@ -103,7 +103,14 @@ def test_where_nothing_can_be_kept_the_error_says_where(
         store(weight, {"1": {"expand": 1.0}})
 
 
-@pytest.mark.parametrize("error", [RuntimeError("too much\nmemory"), torch.OutOfMemoryError("too much")], ids=type)
+class TritonError(Exception):
+    """As triton's own, which is not there for every system."""
+
+
+REFUSALS = [RuntimeError("too much\nmemory"), torch.OutOfMemoryError("too much"), TritonError("too much")]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=type)
 def test_a_path_that_cannot_run_here_is_left_out_and_told(
     error: Exception, weight: SparseWeight, monkeypatch: pytest.MonkeyPatch
 ) -> None:

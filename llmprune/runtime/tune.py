@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -107,8 +106,8 @@ def _times(alike: list[SparseWeight], tokens: int, unable: dict[str, str], *, se
             try:
                 ways = [paths(weight, tokens)[name]() for weight in some]
                 timed[name] = _on_gpu(ways, x) if x.is_cuda else _on_cpu(ways, x)
-            except _refusals() as error:
-                if name == "expand":
+            except Exception as error:
+                if name == "expand" or not _is_refusal(error):
                     raise
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 unable.setdefault(name, f"with {tokens} tokens: {reason}")
@@ -122,13 +121,9 @@ def _times(alike: list[SparseWeight], tokens: int, unable: dict[str, str], *, se
     return {name: round(1e6 * statistics.median(times), 2) for name, times in laps.items()}
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """What torch and triton raise where a device cannot do what it is asked for, too little memory included."""
-    if find_spec("triton") is None:
-        return (RuntimeError,)
-    from triton.errors import TritonError
-
-    return RuntimeError, TritonError
+def _is_refusal(error: Exception) -> bool:
+    """Whether torch or triton say that a device cannot do what it is asked for, too little memory included."""
+    return isinstance(error, RuntimeError) or any(kind.__name__ == "TritonError" for kind in type(error).__mro__)
 
 
 def _on_cpu(ways: list[Path], x: Tensor) -> Callable[[], float]:
