@@ -74,6 +74,7 @@ def card_text(facts: CardFacts) -> str:
     template = environment.from_string(files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8"))
     rendered = template.render(facts.template_values(), front_matter=card_data(facts).to_yaml())
     text = re.sub(r"\n{3,}", "\n\n", rendered).rstrip() + "\n"
+    text = text.encode("utf-8", "replace").decode()  # a file's name may hold bytes that are no text
     mark = f"Written by llmprune {llmprune.__version__}, text {_hash(text)}: an edited card is never written over."
     return f"{text}\n<!-- {mark} -->\n"
 

@@ -136,7 +136,9 @@ class Report:
         document = read_document(directory)
         try:
             return cls.from_json(document)
-        except (KeyError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise foreign(directory / REPORT) from error
 
 

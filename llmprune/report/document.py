@@ -81,7 +81,9 @@ def damage_told(run: Run) -> Iterator[None]:
     """What is missing in a document, or of another kind than it should be, becomes one sentence."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise foreign(run.directory / REPORT) from error
 
 

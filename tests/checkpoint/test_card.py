@@ -193,6 +193,13 @@ def test_a_report_of_schema_1_has_perplexities_only(report: Report, saved: Path)
     assert "| perplexity, wikitext2 test | 30 ± 0.5 | 30 ± 0.5 | 100.0% |" in text
 
 
+def test_a_name_that_is_no_text_does_not_lose_the_model(report: Report, saved: Path) -> None:
+    """As Python reads a file's name whose bytes are not UTF-8."""
+    text = text_of(replace(report, config={**CONFIG, "dataset": "caf\udce9.txt"}, command="llmprune caf\udce9"), saved)
+    assert text.encode("utf-8")
+    assert "caf?" in text
+
+
 def test_an_odd_name_breaks_neither_table_nor_yaml(report: Report, saved: Path) -> None:
     rows = tuple({**row, "dataset": "a|b: {{ 1 }}\n# c"} for row in report.after[:1])
     text = text_of(replace(report, before=report.before[:1], after=rows), saved)
