@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from llmprune.checkpoint.layout import SavedWeight, digest, saved_names, saved_tensors, saved_weights
 from llmprune.checkpoint.provenance import cleaned
-from llmprune.errors import VerificationError
+from llmprune.errors import UserError, VerificationError
 from llmprune.report.document import REPORT, SCHEMA, foreign, read_document
 from llmprune.results import PrunedWeight, SkippedWeight, TunedPart
 
