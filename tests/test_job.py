@@ -56,7 +56,7 @@ def test_an_evaluation_on_the_calibration_text_is_noted(tmp_path: Path) -> None:
     notes = []
     for name in ("texts.jsonl", "others.jsonl"):
         settings: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "method": "wanda", "eval_tokens": 64, **FEW}
-        source, exam = str(tmp_path / "texts.jsonl"), str(tmp_path / name)
+        source, exam = str(tmp_path / "texts.jsonl"), str(tmp_path / "." / ".." / tmp_path.name / name)
         result = llmprune.prune(tiny_model("llama"), dataset=source, eval_dataset=(exam,), **settings)
         notes.append(result.report.notes)
     assert notes[1] == ()
@@ -90,6 +90,8 @@ def test_the_report_tells_the_call_and_nothing_of_the_program_around_it(
     assert result.report.config["dataset"] == str(tmp_path / "texts.txt")
     assert told in (tmp_path / "out" / "README.md").read_text()
     assert "secret" not in (tmp_path / "out" / "llmprune_report.json").read_text()
+    texts = llmprune.prune(tiny_model("llama"), **{**settings, "dataset": TEXTS}, ignore=["q_proj"], **FEW)
+    assert "dataset=list, method='wanda', ignore=['q_proj']" in texts.report.command
 
 
 def test_seeds_choose_other_windows() -> None:

@@ -59,22 +59,28 @@ def prune(
             dataset=dataset,
             tokenizer=tokenizer,
             output_dir=Path(output_dir) if output_dir is not None else None,
-            command=_called(model, {"dataset": dataset, **given}),
+            command=_called(model, {"dataset": dataset, "eval_dataset": eval_dataset or None, **given}),
             **rest,
         ),
         observer,
     )
 
 
+LONGEST_LIST = 200
+"""Characters of a list that is told in full: longer ones are texts."""
+
+
 def _called(model: Any, settings: Mapping[str, Any]) -> str:
     """The call as the report tells of it: the program around it, and what its own command line held, are not ours to
-    publish. Of a path its last part is told, of an object its type."""
+    publish. Of a path its last part is told; of an object, and of a list that is no list of a few names, its type."""
 
     def told(value: Any) -> str:
         if isinstance(value, str | os.PathLike):
             path = Path(os.fspath(value))
             return repr(path.name if path.is_absolute() else os.fspath(value))
-        return repr(value) if isinstance(value, bool | int | float | tuple | list) else type(value).__name__
+        if isinstance(value, tuple | list) and len(repr(value)) <= LONGEST_LIST:
+            return f"[{', '.join(map(told, value))}]"
+        return repr(value) if isinstance(value, bool | int | float) else type(value).__name__
 
     settled = {name: value for name, value in settings.items() if value is not None}
     words = [told(model), *(f"{name}={told(value)}" for name, value in settled.items())]

@@ -213,8 +213,9 @@ def calibration(job: Job, config: PruneConfig, loaded: Loaded) -> tuple[torch.Te
         seed=config.seed,
         bos=bos,
     )
-    known, largest = loaded.model.get_input_embeddings().weight.shape[0], int(windows.max())
-    if largest >= known:
+    embedding, largest = loaded.model.get_input_embeddings(), int(windows.max())
+    known = getattr(embedding, "num_embeddings", None)  # nn.Embedding's
+    if known is not None and largest >= known:
         raise UserError(
             f"the calibration tokens go up to {largest}, and the model knows {known}, 0 to {known - 1}: give the "
             "tokenizer that belongs to the model."

@@ -129,10 +129,8 @@ class _Run:
         wanted = wanted_measures(self.evaluation, self.config, loaded)
         self.measures = Measures(wanted, self.observer.evaluated)
         for written, corpus in zip(self.evaluation.eval_dataset, wanted.corpora, strict=True):
-            same_path = Path(written).expanduser().resolve() == Path(self.config.dataset).expanduser().resolve()
-            if (written == self.config.dataset and corpus.name == self.origin["name"]) or (
-                same_path and Path(written).expanduser().exists()
-            ):
+            same = written == self.config.dataset and corpus.name == self.origin["name"]
+            if same or _are_one_file(written, self.config.dataset):
                 self.notes.append(
                     f"perplexity is measured on {corpus.name}, the text that the calibration windows were drawn from: "
                     "it flatters the pruned model"
@@ -364,3 +362,8 @@ def _replace_report(report: Report, directory: Path) -> None:
     scratch.mkdir(exist_ok=True)
     report.write(scratch).replace(directory / REPORT)
     scratch.rmdir()
+
+
+def _are_one_file(one: str, other: str) -> bool:
+    paths = [Path(written).expanduser() for written in (one, other)]
+    return all(path.is_file() for path in paths) and paths[0].samefile(paths[1])
