@@ -241,6 +241,8 @@ def test_the_base_models_card(tmp_path: Path) -> None:
     inherited = {"license": "other", "license_name": "llama3", "license_link": "LICENSE", "language": "en"}
     assert read_base_card(tmp_path, hub_id=None) == inherited
     assert read_base_card(tmp_path, hub_id="meta/base") == {"base_model": "meta/base", **inherited}
+    (tmp_path / CARD).write_text("---\nlanguage: [en, no]\n---\n")  # YAML reads Norwegian as false
+    assert read_base_card(tmp_path, hub_id=None) == {"language": ["en", "no"]}
 
 
 @pytest.mark.parametrize("card", [b"# no front matter\n", b"---\n[1\n---\n", b"---\n- a\n---\n", b"\xff\xfe---\n"])

@@ -139,6 +139,7 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, case: str) -> None:
         ("Salesforce/wikitext", "did you mean 'wikitext2'"),
         ("allenai/c4", "did you mean 'c4'"),
         ("imagenet", r"unknown data set 'imagenet'\. Allowed are c4"),
+        ("word " * 1000, "a text itself is given as a list of one string"),
         (["a", 3], "element 1 is int"),
         ([], "holds no text"),
         (3, "cannot read text from int"),

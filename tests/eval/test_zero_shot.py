@@ -153,6 +153,9 @@ def test_every_task_of_the_table_is_in_the_harness() -> None:
 
 @needs_harness
 def test_items_must_be_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "piqa.jsonl").write_text("{}\n", encoding="utf-16")
+    with pytest.raises(UserError, match="should hold one JSON object on every line"):
+        check_zero_shot(["piqa"], tmp_path, None)
     (tmp_path / "piqa.jsonl").write_text("goal,sol1\n")
     with pytest.raises(UserError, match="should hold one JSON object on every line"):
         check_zero_shot(["piqa"], tmp_path)
