@@ -6,11 +6,15 @@ import io
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import llmprune
 from llmprune.checkpoint.convert import Conversion
-from llmprune.display import observer_for, show_conversion
+from llmprune.display import observer_for, show_conversion, show_result
+from tests.builders import tiny_model
 
 
 class Screen(io.StringIO):
@@ -62,6 +66,14 @@ def test_on_a_terminal_lines_end_between_words_and_in_a_file_they_go_on(screen: 
     with redirect_stderr(io.StringIO()) as file, observer_for(quiet=False) as observer:
         observer.say(sentence)
     assert file.getvalue() == f"  {sentence}\n"
+
+
+def test_a_run_that_left_all_dense_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("llama")
+    settings: dict[str, Any] = {"method": "wanda", "overrides": {f"layers.{index}.": "dense" for index in range(2)}}
+    ids = torch.randint(3, 64, (2, 8))
+    show_result(llmprune.prune(model, dataset=ids, **settings))
+    assert "0 weights to 2:4" in capsys.readouterr().out
 
 
 def test_what_a_conversion_could_not_do_is_said(capsys: pytest.CaptureFixture[str]) -> None:

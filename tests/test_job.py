@@ -15,6 +15,7 @@ import llmprune
 from llmprune.config import EvaluationConfig, PruneConfig
 from llmprune.errors import UserError
 from llmprune.job import Job, Observer, run
+from llmprune.job.prepare import _base_name
 from tests.builders import tiny_model, tiny_tokenizer
 
 ANIMALS, PLACES = ("cat", "dog", "hen", "cow"), ("mat", "roof", "cart", "wall", "hill", "sofa")
@@ -92,6 +93,14 @@ def test_the_report_tells_the_call_and_nothing_of_the_program_around_it(
     assert "secret" not in (tmp_path / "out" / "llmprune_report.json").read_text()
     texts = llmprune.prune(tiny_model("llama"), **{**settings, "dataset": TEXTS}, ignore=["q_proj"], **FEW)
     assert "dataset=list, method='wanda', ignore=['q_proj']" in texts.report.command
+
+
+def test_a_gguf_file_gives_its_own_name_and_not_that_of_a_blob(tmp_path: Path) -> None:
+    """As the Hub's cache has it: a link with a name to a file that is called after its hash."""
+    (tmp_path / "0123abcdef").write_text("weights")
+    (tmp_path / "small.Q4_1.gguf").symlink_to(tmp_path / "0123abcdef")
+    assert _base_name(str(tmp_path / "small.Q4_1.gguf")) == "small.Q4_1"
+    assert _base_name("me/small") == "small"
 
 
 def test_seeds_choose_other_windows() -> None:

@@ -90,6 +90,15 @@ def test_a_template_that_refuses_is_a_user_error(tmp_path: Path) -> None:
         load_corpus(path, purpose="calibration", tokenizer=picky)
 
 
+def test_a_template_that_takes_other_contents_is_a_user_error(tmp_path: Path) -> None:
+    """Contents in parts, which a template for text adds to a string."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": parts}])
+    adding = tiny_tokenizer(chat_template="{% for m in messages %}{{ 'user: ' + m['content'] }}{% endfor %}")
+    with pytest.raises(UserError, match=r"row 1: .*refuses this conversation"):
+        load_corpus(path, purpose="calibration", tokenizer=adding)
+
+
 def test_the_text_column_is_preferred_over_messages(tmp_path: Path) -> None:
     assert texts(write_lines(tmp_path / "a.jsonl", [{"messages": TURNS, "text": "plain"}])) == ["plain"]
 

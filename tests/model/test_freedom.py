@@ -169,9 +169,13 @@ class Summed(nn.Module):
 
 
 class Stubborn(nn.Module):
+    def __init__(self, kind: type[Exception] = RuntimeError) -> None:
+        super().__init__()
+        self.kind = kind
+
     def forward(self, hidden: Tensor) -> Tensor:
         if hidden.dtype == torch.float64:
-            raise RuntimeError("not implemented for 'Double'")
+            raise self.kind("not implemented for 'Double'")
         return hidden
 
 
@@ -222,8 +226,9 @@ def test_where_the_order_matters_there_is_no_freedom() -> None:
     assert len(find_freedoms(FeedForward(nn.SiLU()), call, AXES)) == 1
 
 
-def test_a_layer_that_cannot_run_in_float64_has_none() -> None:
-    assert find_freedoms(FeedForward(Stubborn()), call, AXES) == []
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, AssertionError, TypeError])
+def test_a_layer_that_cannot_run_in_float64_has_none(kind: type[Exception]) -> None:
+    assert find_freedoms(FeedForward(Stubborn(kind)), call, AXES) == []
 
 
 def test_a_layer_that_cannot_be_differentiated_has_none() -> None:
@@ -234,13 +239,15 @@ MEMORY = "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError(MEMORY), torch.OutOfMemoryError("CUDA out of memory.")], ids=["cpu", "gpu"]
+    "error",
+    [RuntimeError(MEMORY), torch.OutOfMemoryError("CUDA out of memory."), MemoryError("memory")],
+    ids=["cpu", "gpu", "python"],
 )
-def test_a_lack_of_memory_is_not_a_lack_of_freedom(error: RuntimeError) -> None:
+def test_a_lack_of_memory_is_not_a_lack_of_freedom(error: Exception) -> None:
     def starving(_layer: nn.Module) -> Tensor:
         raise error
 
-    with pytest.raises(RuntimeError, match="memory"):
+    with pytest.raises(type(error), match="memory"):
         find_freedoms(FeedForward(nn.SiLU()), starving, AXES)
 
 
