@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def test_generate_gives_the_same_text_packed_and_dense(pair: Pair) -> None:
     assert texts[0].stdout.startswith("o n c e   u p o n")  # this tokenizer sets its tokens apart
     assert "tokens/s; 14 packed linears" in texts[0].stderr
     assert "tokens/s; a dense model" in texts[1].stderr
+
+
+def test_generate_shows_one_text_whatever_the_model_prefers(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.packed, tmp_path / "beams")
+    (tmp_path / "beams" / "generation_config.json").write_text('{"num_beams": 3, "num_return_sequences": 2}')
+    arguments = ("--prompt", "once upon", "--max-new-tokens", 12, "--device", "cpu")
+    one, other = (run("generate", path, *arguments).stdout for path in (pair.packed, tmp_path / "beams"))
+    assert one == other
 
 
 def test_generate_draws_the_same_with_the_same_seed(pair: Pair) -> None:
